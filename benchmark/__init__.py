@@ -1,0 +1,1 @@
+"""Lets `python -m benchmark` find this folder; the code is the package mixtral_benchmark beside it."""

@@ -1,0 +1,1 @@
+"""The stress benchmark: many chats at once against a running server, timed from the client's side."""

@@ -1,0 +1,443 @@
+"""The wire: every JSON body that crosses a socket, as pydantic models, in one place.
+
+Decides names, types, limits and defaults of what clients, server and workers say to each other. Leaves to others how bodies
+travel (client.py, routes/, link.py), what a queue does with them, and how an error is chosen. Standard library and pydantic only.
+
+Three parts: what clients send and get on OpenAI's routes; the native job routes with their events; the worker routes.
+Bodies from outside ignore unknown fields, so that older and newer programs understand each other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PROTOCOL_VERSION = 1
+"""Version of the worker wire. A server refuses an older one with a sentence; unknown fields are ignored on both sides."""
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_MESSAGES = 10_000
+MAX_SEED = 2**63 - 1
+
+Role: TypeAlias = Literal["system", "developer", "user", "assistant"]
+Finish: TypeAlias = Literal["stop", "length", "cancelled", "error", "expired"]
+"""Why a job ended. OpenAI's routes show the first two; the others become error bodies there."""
+
+JobState: TypeAlias = Literal["waiting", "leased", "streaming", "done", "failed", "cancelled", "expired", "dead"]
+
+
+class Wire(BaseModel):
+    """Base of every body: unknown fields are ignored, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------- chats
+
+
+def _text_of(content: Any) -> Any:
+    """OpenAI's content is a string or a list of parts; text parts are joined, anything else is refused by name."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"content parts must be of type 'text' (this model reads text only); got {kind!r}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Text: TypeAlias = Annotated[str, BeforeValidator(_text_of)]
+
+
+class ChatMessage(Wire):
+    role: Role
+    content: Text
+
+
+def _stop_list(stop: Any) -> Any:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+
+Stop: TypeAlias = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    BeforeValidator(_stop_list),
+    Field(max_length=MAX_STOP_STRINGS),
+]
+
+
+class SamplingFields(Wire):
+    """How the next token is drawn. A field left out takes the endpoint's default; temperature 0 is greedy."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1000, description="0 keeps every token")
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    stop: Stop = Field(default_factory=list)
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    model: str = Field(max_length=100)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    user: str | None = Field(None, max_length=256)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions. prompt is text, or token ids of the worker's tokenizer."""
+
+    model: str = Field(max_length=100)
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    user: str | None = Field(None, max_length=256)
+
+
+class JobRequest(SamplingFields):
+    """Body of POST /v1/jobs: a chat (messages) or a text to continue (prompt), queued under an endpoint's name."""
+
+    model: str = Field(max_length=100)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    priority: int = Field(0, ge=0, le=9, description="0 is served first; a key may be limited to higher numbers")
+    queue_timeout_s: float | None = Field(None, gt=0, description="give up if no worker has begun by then")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> JobRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give exactly one of 'messages' (a chat) and 'prompt' (a text to continue)")
+        return self
+
+
+class Sampling(Wire):
+    """Sampling with every default filled in, as a worker gets it."""
+
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class JobSpec(Wire):
+    """What a job asks of a worker, defaults filled in: stored with the job, sent with every lease of it."""
+
+    messages: list[ChatMessage] | None = None
+    prompt: str | list[int] | None = None
+    sampling: Sampling = Field(default_factory=Sampling)
+    max_tokens: int
+    stop: list[str] = Field(default_factory=list)
+    seed: int
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+class Usage(Wire):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ErrorDetail(Wire):
+    """OpenAI's error object; code is one of the words listed in docs/api.md."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorBody(Wire):
+    error: ErrorDetail
+
+
+class ChatChoice(Wire):
+    index: int = 0
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatCompletion(Wire):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Wire):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Wire):
+    index: int = 0
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: None = None
+
+
+class ChatCompletionChunk(Wire):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionChoice(Wire):
+    index: int = 0
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: None = None
+
+
+class Completion(Wire):
+    """Answer of POST /v1/completions, whole or as one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(Wire):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mixtral-chat"
+
+
+class ModelList(Wire):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+# ---------------------------------------------------------------------------------------------- native jobs
+
+
+class Timings(Wire):
+    """Seconds of a finished job by Redis's clock. queue_s ends with the first lease; first_token_s counts from the request."""
+
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    total_s: float | None = None
+
+
+class JobAccepted(Wire):
+    """202 of POST /v1/jobs (200 when an Idempotency-Key named a job that exists)."""
+
+    id: str
+    model: str
+    state: JobState
+    position: int | None = Field(None, description="1 = next; null once a worker has it")
+
+
+class JobView(Wire):
+    """Answer of GET /v1/jobs/{id}."""
+
+    id: str
+    model: str
+    state: JobState
+    created: float = Field(description="unix seconds, Redis's clock")
+    position: int | None = None
+    attempt: int = 0
+    tokens: int = Field(0, description="tokens in the log so far")
+    text: str = Field("", description="their text")
+    finish: Finish | None = None
+    error: ErrorDetail | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+class QueuedEvent(Wire):
+    event: Literal["queued"] = "queued"
+    position: int
+    eta_s: float | None = None
+
+
+class TokenEvent(Wire):
+    """One token. offset counts from 1; text may be "" while a character or a stop string is incomplete."""
+
+    event: Literal["token"] = "token"
+    offset: int
+    text: str
+
+
+class MovedEvent(Wire):
+    """The job goes on at another worker, or waits for one; nothing that was sent is lost."""
+
+    event: Literal["moved"] = "moved"
+    attempt: int
+
+
+class RewindEvent(Wire):
+    """Forget every token after offset `to`: the log lost them, and they come anew."""
+
+    event: Literal["rewind"] = "rewind"
+    to: int
+
+
+class DoneEvent(Wire):
+    event: Literal["done"] = "done"
+    finish: Finish
+    usage: Usage
+    timings: Timings | None = None
+
+
+class ErrorEvent(Wire):
+    """Terminal, like done: the job failed, and this says why."""
+
+    event: Literal["error"] = "error"
+    error: ErrorDetail
+
+
+JobEvent: TypeAlias = QueuedEvent | TokenEvent | MovedEvent | RewindEvent | DoneEvent | ErrorEvent
+TERMINAL_EVENTS = ("done", "error")
+
+
+def ids_crc(ids: Iterable[int], crc: int = 0) -> int:
+    """CRC-32 of token ids as little-endian uint32, continued from crc: it names a prefix of a log."""
+    words = array("I", ids)
+    return zlib.crc32(words.tobytes(), crc)
+
+
+def event_id(offset: int, crc: int) -> str:
+    """The SSE id of the event that carries token `offset`; crc covers ids 1..offset."""
+    return f"{offset}.{crc:08x}"
+
+
+def parse_event_id(text: str) -> tuple[int, int | None]:
+    """`<offset>.<crc>` or a bare `<offset>` → (offset, crc or None). Raises ValueError with the expected form."""
+    offset, dot, crc = text.strip().partition(".")
+    try:
+        parsed = int(offset), int(crc, 16) if dot else None
+    except ValueError:
+        raise ValueError(f"Last-Event-ID must be '<offset>.<crc32 in hex>' as the stream sent it; got {text[:40]!r}") from None
+    if parsed[0] < 0:
+        raise ValueError(f"Last-Event-ID's offset must be 0 or more; got {parsed[0]}")
+    return parsed
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+
+class SessionRequest(Wire):
+    """Body of POST /v1/worker/sessions: a worker logs in to one endpoint."""
+
+    endpoint: str = Field(max_length=100)
+    name: str = Field(max_length=200, description="for people: host and device")
+    protocol: int
+    version: str = Field(max_length=50)
+    model: str = Field(max_length=200)
+    device: str = Field(max_length=200)
+    max_slots: int = Field(ge=1, le=100_000)
+    max_seq_len: int = Field(ge=1)
+
+
+class SessionAnswer(Wire):
+    session: str
+    lease_s: float = Field(description="without a turn for this long the session lapses and its jobs go back to the queue")
+    report_interval_ms: int
+
+
+class FrameError(Wire):
+    """Why the worker cannot serve this job; the job fails with it."""
+
+    code: str = Field(max_length=64)
+    message: str = Field(max_length=4000)
+
+
+class Frame(Wire):
+    """One job's new tokens in a turn. offset is that of ids[0]; texts has one entry per id."""
+
+    job: str = Field(max_length=200)
+    attempt: int
+    offset: int = Field(ge=1)
+    ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=list, max_length=65_536)
+    texts: list[str] = Field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+    prompt_tokens: int | None = Field(None, ge=0, description="given with the job's first frame and with its last")
+    error: FrameError | None = None
+    release: bool = Field(False, description="hand the job back unfinished: another worker goes on with it")
+
+    @model_validator(mode="after")
+    def _one_text_per_id(self) -> Frame:
+        if len(self.texts) != len(self.ids):
+            raise ValueError(f"a frame has one text per id; got {len(self.ids)} ids and {len(self.texts)} texts")
+        if sum((self.finish is not None, self.error is not None, self.release)) > 1:
+            raise ValueError("a frame ends its job in one way: give at most one of finish, error and release")
+        return self
+
+
+class TurnRequest(Wire):
+    """Body of POST /v1/worker/turn. turn counts 1, 2, …; a repeat of the last number gets the same answer."""
+
+    session: str = Field(max_length=200)
+    turn: int = Field(ge=1)
+    holding: list[tuple[str, int]] = Field(
+        default_factory=list,
+        max_length=100_000,
+        description="every (job, attempt) the worker has, finished but unacknowledged ones included",
+    )
+    frames: list[Frame] = Field(default_factory=list)
+    room: int = Field(0, ge=0, description="how many more jobs the worker takes now")
+    telemetry: dict[str, Any] = Field(default_factory=dict)
+
+
+class WorkerJob(Wire):
+    """A leased job. The worker prefills its prompt plus produced_ids and goes on at offset len(produced_ids) + 1."""
+
+    id: str
+    attempt: int
+    spec: JobSpec
+    produced_ids: list[int] = Field(default_factory=list)
+    sent_bytes: int = Field(0, description="UTF-8 bytes of text in the log; the first new text starts there")
+    suspect: bool = Field(False, description="workers have died holding this job; at most one such job runs in a batch")
+
+
+class Expect(Wire):
+    """The log wants this offset next; frames beyond it were refused."""
+
+    job: str
+    offset: int
+
+
+class Drop(Wire):
+    """Stop this job and forget it: cancelled, finished, expired, or no longer this session's."""
+
+    job: str
+    attempt: int
+
+
+class TurnAnswer(Wire):
+    turn: int
+    jobs: list[WorkerJob] = Field(default_factory=list)
+    drops: list[Drop] = Field(default_factory=list)
+    expect: list[Expect] = Field(default_factory=list)
+    drain: bool = Field(False, description="take no new work, finish what runs, log out")

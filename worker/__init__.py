@@ -1,0 +1,1 @@
+"""Lets `python -m worker` find this folder; the code is the package mixtral_worker beside it."""
