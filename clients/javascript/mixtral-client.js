@@ -15,19 +15,19 @@ import { EventTooLarge, SseDecoder } from "./sse.js";
 
 export const DEFAULT_MODEL = "mixtral_chat";
 
-const ANSWER_MS = 30_000;
+const ANSWER_MS = 15_000;
 const SILENCE_MS = 45_000; // the server sends a comment every 15 s at least
 const GOODBYE_MS = 5_000;
 const PATIENCE = { giveUpAfterMs: 15_000, resumeForMs: 120_000, firstWaitMs: 500, maxWaitMs: 10_000 };
 
-/** Whatever goes wrong. `code` is the service's word for it, or one of this client's: connection_lost, bad_answer, not_finished. */
+/** Whatever goes wrong. `code` is the service's word for it, or one of this client's own: connection_lost, bad_answer, http_<status>. */
 export class MixtralError extends Error {
   /**
    * @param {string} message
    * @param {{code: string, status?: number | null, kind?: string | null, param?: string | null, requestId?: string | null,
-   *   retryAfterMs?: number | null, cause?: unknown}} facts
+   *   retryAfterMs?: number | null, isPassing?: boolean, cause?: unknown}} facts
    */
-  constructor(message, { code, status = null, kind = null, param = null, requestId = null, retryAfterMs = null, cause }) {
+  constructor(message, { code, status = null, kind = null, param = null, requestId = null, retryAfterMs = null, isPassing = false, cause }) {
     super(message, { cause });
     this.name = "MixtralError";
     this.code = code;
@@ -36,11 +36,8 @@ export class MixtralError extends Error {
     this.param = param;
     this.requestId = requestId;
     this.retryAfterMs = retryAfterMs;
-  }
-
-  /** Whether the same request may succeed later: nobody answered, or the service was full, limited or away. */
-  get isPassing() {
-    return this.code === "connection_lost" || [429, 502, 503, 504].includes(this.status ?? 0);
+    /** Whether the same request may succeed later: nobody answered, or the service was full, limited or away. */
+    this.isPassing = isPassing;
   }
 }
 
@@ -105,17 +102,18 @@ export class MixtralClient {
     let isOurs = !detach;
     try {
       while (!signal?.aborted) {
+        const at = this.#at;
         try {
           for await (const event of this.#connection(id, position, patience, signal)) {
             if (event.event === "done") isOurs = false;
             yield event;
-            if (event.event === "done") return;
+            if (event.event === "done" || signal?.aborted) return;
           }
-          if (!signal?.aborted) throw lost("the stream ended before the job did");
+          throw lost("the stream ended before the job did");
         } catch (error) {
           if (signal?.aborted) return;
+          this.#leave(at);
           await patience.pause(error, signal);
-          this.#at += 1;
         }
       }
     } catch (error) {
@@ -193,15 +191,15 @@ export class MixtralClient {
     const patience = new Patience(this.#patience, giveUpAfterMs);
     for (;;) {
       // The caller's signal ends the tries, not the try: a request under way may have made its job already.
-      const watch = new Watch(Math.min(ANSWER_MS, Math.max(giveUpAfterMs, 1000)));
+      const watch = new Watch(ANSWER_MS);
+      const at = this.#at;
       try {
         const response = await this.#send(method, path, { body, headers, signal: watch.signal });
         return await jsonOf(response, watch);
       } catch (error) {
+        this.#leave(at);
+        if (!signal?.aborted) await patience.pause(error, signal);
         if (signal?.aborted) throw error;
-        await patience.pause(error, signal);
-        if (signal?.aborted) throw error;
-        this.#at += 1;
       } finally {
         watch.end();
       }
@@ -238,6 +236,14 @@ export class MixtralClient {
     }
     if (response.ok) return response;
     throw await refusal(response, `${method} ${url}`);
+  }
+
+  /**
+   * Turn to the next server, unless another call has done so already.
+   * @param {number} at
+   */
+  #leave(at) {
+    if (this.#at === at) this.#at += 1;
   }
 
   /**
@@ -442,14 +448,29 @@ function parse(text, what) {
  */
 async function refusal(response, asked) {
   const text = await response.text().catch(reasonOf);
-  const facts = { status: response.status, requestId: response.headers.get("x-request-id"), retryAfterMs: retryAfterMs(response) };
+  const { status } = response;
+  const facts = {
+    status,
+    isPassing: [429, 502, 503, 504].includes(status),
+    requestId: response.headers.get("x-request-id"),
+    retryAfterMs: retryAfterMs(response),
+  };
+  const said = errorIn(text);
+  if (said) return new MixtralError(said.message, { code: said.code, kind: said.type, param: said.param, ...facts });
+  return new MixtralError(`${asked} was answered ${status}: ${text.slice(0, 200).trim()}`, { code: `http_${status}`, ...facts });
+}
+
+/**
+ * @param {string} text
+ * @returns {{message: string, code: string, type?: string, param?: string | null} | null} null if not this service but a proxy speaks
+ */
+function errorIn(text) {
   try {
-    const { message, code, type, param } = JSON.parse(text).error;
-    return new MixtralError(message, { code, kind: type, param, ...facts });
-  } catch {
-    // Not this service's error body: a proxy speaks.
-    const said = text.slice(0, 200).trim();
-    return new MixtralError(`${asked} was answered ${response.status}${said && `: ${said}`}`, { code: `http_${response.status}`, ...facts });
+    const error = JSON.parse(text)?.error;
+    return typeof error?.message === "string" && typeof error.code === "string" ? error : null;
+  } catch (error) {
+    if (error instanceof SyntaxError) return null;
+    throw error;
   }
 }
 
@@ -513,7 +534,7 @@ function reasonOf(error) {
  * @param {unknown} [cause]
  */
 function lost(message, cause) {
-  return new MixtralError(message, { code: "connection_lost", cause });
+  return new MixtralError(message, { code: "connection_lost", isPassing: true, cause });
 }
 
 /**

@@ -1,0 +1,161 @@
+/** Types of mixtral-client.js, written by hand; field names are the wire's. */
+
+export type Role = "system" | "developer" | "user" | "assistant";
+export type Finish = "stop" | "length" | "cancelled" | "error" | "expired";
+export type JobState = "waiting" | "leased" | "streaming" | "done" | "failed" | "cancelled" | "expired" | "dead";
+
+export interface ChatMessage {
+  role: Role;
+  content: string;
+}
+
+/** A chat (messages) or a text to continue (prompt: text or token ids): give exactly one of the two. */
+export interface JobRequest {
+  /** Name of an endpoint; default "mixtral_chat". */
+  model?: string;
+  messages?: ChatMessage[];
+  prompt?: string | number[];
+  max_tokens?: number;
+  /** 0 is greedy, at most 2. */
+  temperature?: number;
+  top_p?: number;
+  /** 0 keeps every token. */
+  top_k?: number;
+  seed?: number;
+  stop?: string | string[];
+  /** 0 is served first, 9 last. */
+  priority?: number;
+  /** Give up if no worker has begun by then. */
+  queue_timeout_s?: number;
+}
+
+export interface Accepted {
+  id: string;
+  model: string;
+  state: JobState;
+  /** 1 = next; null once a worker has it. */
+  position: number | null;
+}
+
+export interface Usage {
+  prompt_tokens: number;
+  completion_tokens: number;
+  total_tokens: number;
+}
+
+export interface Timings {
+  queue_s: number | null;
+  first_token_s: number | null;
+  total_s: number | null;
+}
+
+export interface JobView {
+  id: string;
+  model: string;
+  state: JobState;
+  /** Unix seconds. */
+  created: number;
+  position: number | null;
+  attempt: number;
+  tokens: number;
+  text: string;
+  finish: Finish | null;
+  error: { message: string; type: string; param: string | null; code: string } | null;
+  usage: Usage | null;
+  timings: Timings | null;
+}
+
+export interface Model {
+  id: string;
+  object: "model";
+  created: number;
+  owned_by: string;
+}
+
+/** `id` is what `follow` takes as `after`, to go on after this event. */
+export type JobEvent = { id: string } & (
+  | { event: "queued"; position: number; eta_s: number | null }
+  /** offset counts from 1; text may be "" while a character or a stop string is incomplete. */
+  | { event: "token"; offset: number; text: string }
+  /** The job goes on at another worker, or waits for one; nothing that was sent is lost. */
+  | { event: "moved"; attempt: number }
+  /** Forget every token after offset `to`: they come anew. */
+  | { event: "rewind"; to: number }
+  | { event: "done"; finish: Finish; usage: Usage; timings: Timings | null }
+);
+
+export interface Patience {
+  /** How long a plain request is tried again; default 15,000. */
+  giveUpAfterMs: number;
+  /** How long a stream tries to get back; default 120,000. */
+  resumeForMs: number;
+  /** The first wait; each further one is twice as long. Default 500. */
+  firstWaitMs: number;
+  /** The longest wait, unless the server asks for more. Default 10,000. */
+  maxWaitMs: number;
+}
+
+export interface ClientOptions {
+  /** The service's address, or those of its replicas; "" (the default) is the page's own server. */
+  baseUrl?: string | string[];
+  /** Without a key a page is known by its visitor cookie. */
+  apiKey?: string;
+  fetch?: typeof globalThis.fetch;
+  patience?: Partial<Patience>;
+}
+
+export interface SubmitOptions {
+  /** Repeats with one key make one job. */
+  idempotencyKey?: string;
+  /** Ends the tries, not a request that is under way. */
+  signal?: AbortSignal;
+}
+
+export interface FollowOptions {
+  /** Id of the last event that was seen, or its offset. */
+  after?: string | number;
+  /** Aborting ends the events quietly and cancels the job. */
+  signal?: AbortSignal;
+  /** Leave the job running when its reader leaves. */
+  detach?: boolean;
+}
+
+export interface StreamOptions {
+  signal?: AbortSignal;
+  /** Told the job's id once, before its first event. */
+  onJob?: (id: string) => void;
+  detach?: boolean;
+  idempotencyKey?: string;
+}
+
+export const DEFAULT_MODEL: string;
+
+/** Whatever goes wrong. */
+export class MixtralError extends Error {
+  constructor(message: string, facts: { code: string } & Partial<Omit<MixtralError, keyof Error | "code">> & { cause?: unknown });
+  /** The service's word for it, or one of the client's own: "connection_lost", "bad_answer", "http_<status>". */
+  readonly code: string;
+  /** HTTP status, if an answer was the error. */
+  readonly status: number | null;
+  readonly kind: string | null;
+  /** The field of the request that is meant. */
+  readonly param: string | null;
+  readonly requestId: string | null;
+  readonly retryAfterMs: number | null;
+  /** Whether the same request may succeed later. */
+  readonly isPassing: boolean;
+}
+
+export class MixtralClient {
+  constructor(options?: ClientOptions);
+  /** Put a chat in the queue. */
+  submit(request: JobRequest, options?: SubmitOptions): Promise<Accepted>;
+  /** Put a chat in the queue and follow it to its end; leaving cancels it unless `detach`. */
+  stream(request: JobRequest, options?: StreamOptions): AsyncGenerator<JobEvent, void, void>;
+  /** Follow a job from after an event; leaving cancels it unless `detach`. */
+  follow(id: string, options?: FollowOptions): AsyncGenerator<JobEvent, void, void>;
+  /** Stop a job; a finished one stays as it is. */
+  cancel(id: string): Promise<void>;
+  job(id: string): Promise<JobView>;
+  models(): Promise<Model[]>;
+}
