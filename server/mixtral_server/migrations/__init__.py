@@ -1,0 +1,1 @@
+"""Alembic revisions, in order, in versions/. Run through database.py alone."""
