@@ -1,0 +1,141 @@
+"""One step of the model: a plan in, next ids out.
+
+Holds the weights and the KV cache of this rank and turns a StepPlan into tensors. What goes into a plan is the scheduler's, what the
+ids mean is the loop's. Every rank calls step with the same plan; rank 0 alone draws the tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixtral_worker.blocks import BLOCK_SIZE
+from mixtral_worker.model import checkpoint
+from mixtral_worker.model.attention import Batch, Chunk, Decodes
+from mixtral_worker.model.config import ModelConfig, ModelError
+from mixtral_worker.model.kv_cache import KVCache
+from mixtral_worker.model.parallel import Shard
+from mixtral_worker.model.rope import rotations
+from mixtral_worker.model.transformer import Transformer
+from mixtral_worker.plan import Row, StepPlan
+from mixtral_worker.sampling import sample
+
+KV_SHARE_OF_FREE_MEMORY = 0.9  # on a GPU, when no size is given; the rest is for activations
+
+
+class Engine:
+    def __init__(self, model: Transformer, cache: KVCache, max_seq_len: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.config = model.config
+        self.max_seq_len = max_seq_len
+        self.num_blocks = cache.store.shape[3]
+        self.device = cache.store.device
+        self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
+
+    @classmethod
+    def load(
+        cls,
+        ckpt_dir: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_slots: int,
+        max_seq_len: int,
+        num_blocks: int | None = None,
+        progress: checkpoint.Progress | None = None,
+    ) -> "Engine":
+        """Read this rank's share of a checkpoint. Call on every rank, inside ranks.join where there are several.
+
+        num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens. Without it there is room for max_slots sequences of
+        max_seq_len, or, on a GPU, for as many as the free memory holds. Raises ModelError.
+        """
+        config, shard = ModelConfig.read(Path(ckpt_dir)), Shard.current()
+        config.require_ranks(shard.count)
+        with torch.device("meta"):  # shapes alone
+            model = Transformer(config, shard).to(dtype)
+        model.to_empty(device=device)
+        checkpoint.load(model, Path(ckpt_dir), progress)
+        wanted_blocks = max_slots * -(-max_seq_len // BLOCK_SIZE)
+        blocks = num_blocks or min(wanted_blocks, _blocks_that_fit(model, wanted_blocks))
+        return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_seq_len)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> list[int]:
+        """Run one forward pass. Returns one id per row that samples, in the plan's order; -1 where the logits are not finite.
+
+        Ranks other than 0 return an empty list.
+        """
+        logits = self.logits(plan)
+        sampling = [row for row in plan.rows if row.samples]
+        if self.model.shard.index or not sampling:
+            return []
+        ids: list[int] = sample(logits, [row.sampling for row in sampling], [row.offset for row in sampling]).tolist()
+        return ids
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Feed the plan's tokens. Returns the logits after each row that samples, [rows, V] on every rank."""
+        self._wipe_new_blocks(plan.rows)
+        logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._wanted(plan.rows))
+        return logits
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        positions = [p for row in rows for p in range(row.start, row.end)]
+        size = self.cache.block_size
+        return Batch(
+            tokens=self._tensor([token for row in rows for token in row.tokens]),
+            rotation=self.rotation[self._tensor(positions)],
+            slots=self._tensor([row.blocks[p // size] * size + p % size for row in rows for p in range(row.start, row.end)]),
+            parts=tuple(self._parts(rows)),
+        )
+
+    def _parts(self, rows: Sequence[Row]) -> Iterator[Decodes | Chunk]:
+        decodes = [row for row in rows if len(row.tokens) == 1]
+        if decodes:
+            yield self._decodes(decodes)
+        first = len(decodes)
+        for row in rows[first:]:
+            last = first + len(row.tokens)
+            places = torch.arange(row.end, device=self.device)
+            mask = places <= places[row.start :, None] if row.start else None
+            yield Chunk(slice(first, last), self._tensor([row.blocks]), row.end, mask)
+            first = last
+
+    def _decodes(self, rows: Sequence[Row]) -> Decodes:
+        width = max(len(row.blocks) for row in rows)
+        # A row that is shorter repeats its own first block: another's might hold NaN, which no mask takes out of a sum.
+        table = self._tensor([row.blocks + row.blocks[:1] * (width - len(row.blocks)) for row in rows])
+        ends = self._tensor([row.end for row in rows])
+        is_beyond = torch.arange(width * self.cache.block_size, device=self.device) >= ends[:, None]  # [B, S]
+        bias = torch.zeros(is_beyond.shape, dtype=self.cache.store.dtype, device=self.device).masked_fill_(is_beyond, -torch.inf)
+        return Decodes(slice(0, len(rows)), table, bias.repeat(self.cache.n_kv_heads, 1)[:, None])
+
+    def _wanted(self, rows: Sequence[Row]) -> Tensor:
+        """Places in the flat batch of the tokens whose logits are sampled."""
+        lasts = accumulate(len(row.tokens) for row in rows)
+        return self._tensor([last - 1 for row, last in zip(rows, lasts, strict=True) if row.samples])
+
+    def _wipe_new_blocks(self, rows: Sequence[Row]) -> None:
+        size = self.cache.block_size
+        new = [block for row in rows for block in row.blocks[-(-row.start // size) :]]  # those that begin in this step
+        if new:
+            self.cache.wipe(self._tensor(new))
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _blocks_that_fit(model: Transformer, wanted: int) -> int:
+    """How many KV blocks the free memory of every rank's GPU holds; as many as wanted on a CPU, whose memory is not ours to fill."""
+    device = model.embedding.device
+    if device.type != "cuda":
+        return wanted
+    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(model.embedding.itemsize) // model.shard.count
+    count = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_MEMORY) // block_bytes
+    agreed = model.shard.least(count, device)
+    if agreed < 1:
+        raise ModelError(f"the weights leave no GPU memory for a KV block of {block_bytes:,} bytes; use more GPUs or a smaller dtype")
+    return agreed

@@ -1,0 +1,43 @@
+"""The mixture of experts: each token goes through the two experts its router likes best."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixtral_worker.model.config import ModelConfig
+from mixtral_worker.model.parallel import Shard
+
+# T tokens this step, k experts per token, E experts, F hidden size of an expert on this rank.
+
+
+def route(logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts. logits [T, E] → weights [T, k] float32, experts [T, k], best first, the lower index of equals.
+
+    Softmax after the cut: equal to a softmax over all experts whose best k are scaled to sum 1 (TensorRT-LLM's RENORM).
+    """
+    ranked, experts = logits.float().sort(dim=-1, descending=True, stable=True)
+    return ranked[:, :experts_per_token].softmax(-1), experts[:, :experts_per_token]
+
+
+class MoE(nn.Module):
+    """Every rank holds a slice of every expert, so the load is even whatever the router chooses."""
+
+    def __init__(self, config: ModelConfig, shard: Shard) -> None:
+        super().__init__()
+        hidden = config.hidden_dim // shard.count
+        self.shard = shard
+        self.experts_per_token = config.experts_per_token
+        self.gate = nn.Parameter(torch.empty(config.n_experts, config.dim), requires_grad=False)
+        self.w13 = nn.Parameter(torch.empty(config.n_experts, 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
+        self.w2 = nn.Parameter(torch.empty(config.n_experts, config.dim, hidden), requires_grad=False)  # [E, dim, F]
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
+        weights, experts = route(F.linear(x.float(), self.gate.float()), self.experts_per_token)
+        pairs = experts.flatten()  # [T·k]
+        order = pairs.argsort(stable=True)  # pairs sorted by expert
+        ends = torch.bincount(pairs, minlength=len(self.gate)).cumsum(0).to(torch.int32)  # [E] where each expert's pairs end
+        tokens = order // self.experts_per_token
+        gated, linear = F.grouped_mm(x[tokens], self.w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # each [T·k, F]
+        out = F.grouped_mm(F.silu(gated) * linear, self.w2.transpose(1, 2), offs=ends)  # [T·k, dim]
+        out = torch.empty_like(out).index_copy_(0, order, out).view(*weights.shape, -1)  # [T, k, dim]
+        return self.shard.sum(torch.einsum("tk,tkd->td", weights.to(out.dtype), out))

@@ -1,0 +1,119 @@
+"""What all ranks do in one step, and how it travels.
+
+A StepPlan is made by the scheduler on rank 0 and sent to every rank as one int32 buffer whose size depends on the limits alone,
+so that a single broadcast of known length carries any plan. No torch here: ranks.py sends the buffer, engine.py runs the plan.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Kind(IntEnum):
+    STEP = 0  # one forward pass over `rows`
+    IDLE = 1  # a heartbeat: nothing to compute, everyone is alive
+    STOP = 2  # leave the loop, no plan will follow
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one job draws its tokens. The draw at an offset depends on these, the offset and the logits, on nothing else."""
+
+    temperature: float = 0.8  # 0 takes the best token
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a number from 0 up; given {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and at most at 1; given {self.top_p}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be 0 (all) or a positive 32-bit number; given {self.top_k}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a signed 64-bit number; given {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one sequence feeds in one step: one token when it decodes, a chunk of its prompt when it prefills."""
+
+    slot: int  # the row of the running batch that the sequence holds
+    start: int  # position of the first token
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]  # KV blocks of positions 0 … start + len(tokens) - 1
+    samples: bool  # whether the last token's logits yield the next id
+    offset: int  # 1-based offset of that next id among the job's generated tokens
+    sampling: Sampling
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    kind: Kind
+    step: int = 0  # counts the steps of this worker; every rank names it when it fails
+    rows: tuple[Row, ...] = ()  # rows of one token stand first
+
+
+class PlanCodec:
+    """StepPlan ⇄ one int32 array of `self.size` numbers."""
+
+    def __init__(self, max_slots: int, max_seq_len: int, max_step_tokens: int, block_size: int) -> None:
+        max_blocks = -(-max_seq_len // block_size)
+        row = [
+            ("seed", np.int64),
+            ("temperature", np.float64),
+            ("top_p", np.float64),
+            ("top_k", np.int32),
+            ("slot", np.int32),
+            ("start", np.int32),
+            ("offset", np.int32),
+            ("samples", np.int32),
+            ("n_tokens", np.int32),
+            ("n_blocks", np.int32),
+            ("blocks", np.int32, (max_blocks,)),
+        ]
+        message = [
+            ("step", np.int64),
+            ("kind", np.int32),
+            ("n_rows", np.int32),
+            ("tokens", np.int32, (max_step_tokens,)),
+            ("rows", row, (max_slots,)),
+        ]
+        self._dtype: np.dtype[Any] = np.dtype(message)
+        self.size = self._dtype.itemsize // 4
+
+    def pack(self, plan: StepPlan) -> npt.NDArray[np.int32]:
+        buffer = np.zeros(self.size, np.int32)
+        message = buffer.view(self._dtype)[0]
+        message["step"], message["kind"], message["n_rows"] = plan.step, plan.kind, len(plan.rows)
+        tokens, rows, first = message["tokens"], message["rows"], 0
+        for i, row in enumerate(plan.rows):
+            drawn = row.sampling
+            rows[i] = (
+                *(drawn.seed, drawn.temperature, drawn.top_p, drawn.top_k),
+                *(row.slot, row.start, row.offset, row.samples, len(row.tokens), len(row.blocks), 0),
+            )
+            rows["blocks"][i, : len(row.blocks)] = row.blocks
+            tokens[first : first + len(row.tokens)] = row.tokens
+            first += len(row.tokens)
+        return buffer
+
+    def unpack(self, buffer: npt.NDArray[np.int32]) -> StepPlan:
+        message = buffer.view(self._dtype)[0]
+        rows, first = [], 0
+        for packed in message["rows"][: message["n_rows"]]:
+            seed, temperature, top_p, top_k, slot, start, offset, samples, n_tokens, n_blocks, blocks = packed.item()
+            tokens = tuple(message["tokens"][first : first + n_tokens].tolist())
+            sampling = Sampling(temperature, top_p, top_k, seed)
+            rows.append(Row(slot, start, tokens, tuple(blocks[:n_blocks].tolist()), bool(samples), offset, sampling))
+            first += n_tokens
+        return StepPlan(Kind(int(message["kind"])), int(message["step"]), tuple(rows))

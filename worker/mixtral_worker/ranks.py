@@ -1,0 +1,87 @@
+"""The processes of one torchrun and how they keep step.
+
+Rank 0 leads: it alone talks to the server and makes plans. Each step it sends the plan to the others as one int32 tensor over a gloo
+group, on GPUs too, so that the plan never waits for the device. The model's own collectives run in fairscale's model-parallel group.
+What a plan says is plan.py's; when to send one, heartbeats included, is the loop's.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import fairscale.nn.model_parallel.initialize as fairscale_groups
+import torch
+import torch.distributed as dist
+
+from mixtral_worker.plan import PlanCodec, StepPlan
+
+COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for the others gives up; heartbeats come far more often
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of its worker."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # None with one rank
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def share(self, plan: StepPlan | None, codec: PlanCodec) -> StepPlan:
+        """Rank 0 gives a plan, the others give None and wait for it; all return it. Every rank needs an equal codec."""
+        if self.is_leader != (plan is not None):
+            raise ValueError(f"rank 0 gives the plan and the others None; rank {self.rank} gave {plan}")
+        if self.control is None:
+            assert plan is not None
+            return plan
+        buffer = torch.from_numpy(codec.pack(plan)) if plan else torch.empty(codec.size, dtype=torch.int32)
+        dist.broadcast(buffer, src=0, group=self.control)
+        return plan or codec.unpack(buffer.numpy())
+
+
+@contextmanager
+def join(device: str = "auto") -> Iterator[Ranks]:
+    """Meet the other ranks that torchrun started; without torchrun this process is the only one.
+
+    device is auto, cpu or cuda; auto takes a GPU where there is one. Groups end with the block. When the block fails nothing is said
+    to the other ranks: this process ends with the error, its connections break, and that ends the others and the whole torchrun.
+    """
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    here = _device(device, local_rank)
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if world == 1:
+        yield Ranks(0, 1, here, None)
+        return
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout)
+    fairscale_groups.initialize_model_parallel(world)
+    size = fairscale_groups.get_model_parallel_world_size()
+    if size != world:  # fairscale clamps sizes without a word
+        raise RuntimeError(f"the model-parallel group has {size} ranks; torchrun started {world}; they must be equal")
+    yield Ranks(rank, world, here, dist.new_group(backend="gloo", timeout=timeout))
+    fairscale_groups.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def set_threads(ranks_on_host: int) -> None:
+    """Share this host's processors evenly among its ranks; torchrun would leave each rank a single thread."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"rank {local_rank} of this host needs a GPU of its own; {torch.cuda.device_count()} found; run with fewer ranks or on the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,107 @@
+"""Which token comes next: the Gumbel maximum.
+
+The draw at one offset of one job is the argmax over the kept candidates of logit / temperature + g(seed, offset, token id), with g
+a Gumbel variate made from a hash of those three numbers. That is a draw from the softmax, yet it depends on no batch, slot, worker
+or history: a job that moves to another worker goes on with the draws it would have had. The hash is integer arithmetic, the same
+on every device: seed and offset make a 64-bit key by SplitMix64's mixer (Steele, Lea, Flood 2014), key and token id make 32 bits
+by the mixer lowbias32 (Wellons 2018), half of the key entering before its first round and half before its second.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixtral_worker.plan import Sampling as Sampling
+
+# B rows that sample, V vocabulary, K candidates.
+
+NOT_FINITE = -1
+FIRST_CANDIDATES = 64  # a nucleus is looked for among so many first: sorting a whole vocabulary takes longer than a forward pass
+MORE_CANDIDATES = 8  # … and then among so many times more
+
+
+def sample(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int]) -> Tensor:
+    """Draw one id per row. logits [B, V] → ids [B] on the CPU; NOT_FINITE where a row's logits hold NaN or infinity.
+
+    Temperature 0 takes the best token, the lowest id of equals. top_k keeps the k best and all that equal the last of them; then
+    top_p keeps the best that together reach top_p of what is left, again with equals.
+    """
+    logits = logits.float()
+    scores = logits
+    if any(s.temperature for s in settings):
+        scores = _scores(logits, settings, offsets)
+    ids = scores.max(-1).indices  # of equals the first
+    ids.masked_fill_(~logits.sum(-1).isfinite(), NOT_FINITE)  # a sum is finite only if every term is
+    return ids.cpu()
+
+
+def gumbel(seeds: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
+    """g of every token id. seeds [B], offsets [B], both int64 → [B, V] float32."""
+    key = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) + offsets)
+    first, second = _signed_low_word(key)[:, None], _signed_low_word(key >> 32)[:, None]
+    tokens = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
+    x = first + tokens * _signed(0x9E3779B9, 32)  # [B, V]
+    x ^= _shift(x, 16, 32)
+    x *= 0x7FEB352D
+    x ^= _shift(x, 15, 32)
+    x += second
+    x *= _signed(0x846CA68B, 32)
+    x ^= _shift(x, 16, 32)
+    # A uniform variate from 31 bits; the clamp keeps what rounds up to 1 below it. Small ones, which win, keep all their bits.
+    uniform = x.bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2**-31).clamp_max_(1 - 2**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _scores(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int]) -> Tensor:
+    """What each row takes the maximum of. [B, V] → [B, V]; a greedy row's logits stay as they are."""
+    device = logits.device
+    is_drawn = torch.tensor([s.temperature > 0 for s in settings], device=device)[:, None]
+    temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
+    scores = logits / temperature.clamp_min(1e-6)  # below that the noise is nothing beside any difference of two logits
+    if any(s.temperature and (s.top_k or s.top_p < 1) for s in settings):
+        scores = scores.where(scores >= _floor(scores, settings), -torch.inf)
+    noise = gumbel(torch.tensor([s.seed for s in settings], device=device), torch.tensor(offsets, device=device), logits.shape[1])
+    return scores.add_(noise.mul_(is_drawn))
+
+
+def _floor(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """The lowest score that each row keeps. scores [B, V] → [B, 1]."""
+    device, vocab_size = scores.device, scores.shape[1]
+    keeps_all = [not s.temperature or (not s.top_k and s.top_p == 1) for s in settings]
+    top_k = torch.tensor([min(s.top_k or vocab_size, vocab_size) for s in settings], device=device)[:, None]
+    top_p = torch.tensor([s.top_p for s in settings], device=device)[:, None]
+    asked = [s.top_k or FIRST_CANDIDATES for s, free in zip(settings, keeps_all, strict=True) if not free]
+    count = min(max(asked), vocab_size)
+    everything = scores.logsumexp(-1, keepdim=True)
+    unlimited = torch.tensor(keeps_all, device=device)[:, None]
+    while True:
+        best = scores.topk(count).values  # [B, K], falling
+        best = best.masked_fill(torch.arange(count, device=device) >= top_k, -torch.inf)
+        whole = torch.where(top_k < vocab_size, best.logsumexp(-1, keepdim=True), everything)
+        share = (best - whole).exp()
+        is_kept = (share.cumsum(-1) - share < top_p) & (best > -torch.inf)  # while those ahead do not reach top_p
+        last = is_kept.sum(-1, keepdim=True) - 1
+        if count == vocab_size or not bool(((last == count - 1) & (top_k > count) & ~unlimited).any()):
+            return best.gather(1, last.clamp_min(0)).masked_fill(unlimited, -torch.inf)
+        count = min(count * MORE_CANDIDATES, vocab_size)
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30, 64)) * _signed(0xBF58476D1CE4E5B9, 64)
+    x = (x ^ _shift(x, 27, 64)) * _signed(0x94D049BB133111EB, 64)
+    return x ^ _shift(x, 31, 64)
+
+
+def _shift(x: Tensor, count: int, width: int) -> Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (x >> count).bitwise_and_((1 << (width - count)) - 1)
+
+
+def _signed(word: int, width: int) -> int:
+    """The signed number with these bits; torch multiplies signed words only, and wraps."""
+    return word - (1 << width) if word >> (width - 1) else word
+
+
+def _signed_low_word(x: Tensor) -> Tensor:
+    return ((x << 32) >> 32).to(torch.int32)
