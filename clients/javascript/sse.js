@@ -56,7 +56,7 @@ export class SseDecoder {
     let text = this.#utf8.decode(bytes, { stream: true });
     if (text === "") return events;
     if (this.#afterCr && text[0] === "\n") text = text.slice(1); // the second half of a CRLF that was split
-    this.#afterCr = text === "" ? false : text.endsWith("\r");
+    this.#afterCr = text.endsWith("\r");
     for (const piece of text.match(/[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+/g) ?? []) {
       this.#line += piece;
       if (this.#line.length + this.#dataChars > this.#limit) throw new EventTooLarge(this.#limit);

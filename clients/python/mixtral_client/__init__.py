@@ -1,1 +1,27 @@
-"""Python client of the Mixtral chat service, and the wire that its server and workers share."""
+"""Python client of the Mixtral chat service, and the wire that its server and workers share.
+
+from mixtral_client import MixtralClient     # the client: see clients/python/README.md
+from mixtral_client import protocol          # the wire; needs pydantic alone
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixtral_client.client import Answer as Answer
+    from mixtral_client.client import JobStream as JobStream
+    from mixtral_client.client import MixtralClient as MixtralClient
+    from mixtral_client.errors import MixtralError as MixtralError
+    from mixtral_client.resume import Retry as Retry
+
+HOMES = {"Answer": "client", "JobStream": "client", "MixtralClient": "client", "MixtralError": "errors", "Retry": "resume"}
+
+
+def __getattr__(name: str) -> Any:
+    # The server and the workers import the wire from here, and must not load an HTTP client with it.
+    if name not in HOMES:
+        raise AttributeError(f"module 'mixtral_client' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"mixtral_client.{HOMES[name]}"), name)

@@ -1,0 +1,445 @@
+"""MixtralClient: chats over the native job routes, so that a broken connection costs a pause and never a token.
+
+Decides when to ask again, at which replica, and when a job is cancelled because its reader left. Leaves shapes to protocol.py,
+bytes to sse.py, what is new and how long to try to resume.py, and which error an answer is to errors.py.
+
+Every request may be repeated safely: reads by nature, a cancel because it is final, a submit by its Idempotency-Key. So each is
+tried again after 429, 502, 503, 504 and lost connections, as long as Retry allows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+from pydantic import ValidationError
+
+from mixtral_client.errors import (
+    PASSING,
+    BadAnswer,
+    ConnectionLost,
+    JobStopped,
+    MixtralError,
+    NotAuthenticated,
+    RequestRefused,
+    refusal,
+)
+from mixtral_client.protocol import (
+    ChatMessage,
+    DoneEvent,
+    JobAccepted,
+    JobEvent,
+    JobRequest,
+    JobView,
+    ModelCard,
+    ModelList,
+    QueuedEvent,
+    RewindEvent,
+    Timings,
+    TokenEvent,
+    Usage,
+    Wire,
+)
+from mixtral_client.resume import LogPosition, Patience, Retry
+from mixtral_client.sse import SseDecoder
+
+DEFAULT_MODEL = "mixtral_chat"
+KEY_VARIABLE = "MIXTRAL_CLIENT_KEY"
+MAX_ANSWER_BYTES = 64 << 20
+GOODBYE_S = 5.0
+
+log = logging.getLogger(__name__)
+
+Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
+"""A chat; a bare string is one message of the user's."""
+
+Prompt = str | Sequence[int]
+"""A text to continue, or its token ids."""
+
+Answered = TypeVar("Answered", bound=Wire)
+
+
+class JobOptions(TypedDict, total=False):
+    """What may be said about a job besides its text; one left out takes the endpoint's default."""
+
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: str | list[str]
+    priority: int
+    queue_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    job_id: str
+    text: str
+    finish: Literal["stop", "length"]
+    usage: Usage
+    timings: Timings | None
+
+
+class MixtralClient:
+    """A service, at one address or at several replicas. Use as `async with`; may run any number of chats at once."""
+
+    def __init__(
+        self,
+        api_server: str | Sequence[str],
+        api_key: str | None = None,
+        *,
+        retry: Retry | None = None,
+        answer_timeout_s: float = 15.0,
+        silence_timeout_s: float = 45.0,  # of a stream; the server sends a comment every 15 s at least
+    ) -> None:
+        servers = [api_server] if isinstance(api_server, str) else list(api_server)
+        self._servers = [_base_url(server) for server in servers]
+        if not self._servers:
+            raise ValueError("api_server must name at least one server, such as http://127.0.0.1:7777; got an empty list")
+        self._key = (api_key or os.environ.get(KEY_VARIABLE, "")).strip()
+        if not self._key:
+            raise NotAuthenticated(f"no key was given; pass api_key or set {KEY_VARIABLE}", code="no_api_key")
+        self._retry = retry or Retry()
+        self._answer_timeout_s = answer_timeout_s
+        self._silence_timeout_s = silence_timeout_s
+        self._at = 0
+        self._http: aiohttp.ClientSession | None = None
+        self._ours: set[str] = set()  # jobs that end when their reader leaves
+        self._goodbyes: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what streams still run, wait for that a few seconds at most, and close all connections."""
+        for job_id in list(self._ours):
+            self._leave(job_id)
+        await asyncio.gather(*self._goodbyes)
+        if self._http is not None:
+            await self._http.close()
+
+    # ------------------------------------------------------------------------------------------ whole answers
+
+    async def chat(self, messages: Messages, **options: Unpack[JobOptions]) -> Answer:
+        """The whole answer to a chat. Raises JobStopped if somebody cancels the job, JobFailed if it fails."""
+        return await _whole(self.stream(messages, **options))
+
+    async def complete(self, prompt: Prompt, **options: Unpack[JobOptions]) -> Answer:
+        """The whole continuation of a text, without a chat's form. Raises as chat does."""
+        return await _whole(self.stream(prompt=prompt, **options))
+
+    # ------------------------------------------------------------------------------------------ streams and jobs
+
+    def stream(
+        self,
+        messages: Messages | None = None,
+        *,
+        prompt: Prompt | None = None,
+        detach: bool = False,
+        idempotency_key: str | None = None,
+        **options: Unpack[JobOptions],
+    ) -> JobStream:
+        """Queue a chat (or a text to continue) and read its events as they come. A reader that leaves before the end cancels
+        the job; with detach it runs on, for `events` or `job` to fetch."""
+        request = _job_request(messages, prompt, options)
+        return JobStream(self, LogPosition(""), _Order(request, idempotency_key or _new_key(), detach))
+
+    def events(self, job_id: str, after: str | int = "") -> JobStream:
+        """The events of a job after the one named by `after` (JobStream.last_id, or an offset). Leaving does not cancel."""
+        return JobStream(self, LogPosition(job_id, after), None)
+
+    async def submit(
+        self,
+        messages: Messages | None = None,
+        *,
+        prompt: Prompt | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[JobOptions],
+    ) -> JobAccepted:
+        """Queue a job and come back at once. Repeats with one idempotency_key make one job, also from another process."""
+        return await self._submit(_job_request(messages, prompt, options), idempotency_key or _new_key())
+
+    async def job(self, job_id: str) -> JobView:
+        """A job as it stands: state, place in the queue, text so far. Raises NotFound."""
+        return _parse(JobView, await self._ask("GET", _job_path(job_id)))
+
+    async def cancel(self, job_id: str) -> None:
+        """Stop a job, waiting or running. A finished one stays as it is. Raises NotFound."""
+        await self._ask("DELETE", _job_path(job_id))
+
+    async def models(self) -> list[ModelCard]:
+        """What this service serves."""
+        return _parse(ModelList, await self._ask("GET", "/v1/models")).data
+
+    async def _submit(self, request: JobRequest, key: str) -> JobAccepted:
+        body = request.model_dump_json(exclude_unset=True, exclude_none=True).encode()
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        return _parse(JobAccepted, await self._ask("POST", "/v1/jobs", body=body, headers=headers))
+
+    # ------------------------------------------------------------------------------------------ following a job
+
+    async def _order_and_follow(self, position: LogPosition, order: _Order) -> AsyncGenerator[JobEvent]:
+        submitting = asyncio.create_task(self._submit(order.request, order.key))
+        try:
+            position.job_id = (await asyncio.shield(submitting)).id
+        except asyncio.CancelledError:
+            # The request is on its way and may make a job yet: wait for its id, or that job would run for nobody.
+            self._keep(self._goodbye(submitting, cancels=not order.detach))
+            raise
+        if not order.detach:
+            self._ours.add(position.job_id)
+        try:
+            async with contextlib.aclosing(self._follow(position)) as events:
+                async for event in events:
+                    if isinstance(event, DoneEvent):
+                        self._ours.discard(position.job_id)
+                    yield event
+        except MixtralError:
+            self._ours.discard(position.job_id)
+            raise
+        finally:
+            if goodbye := self._leave(position.job_id):
+                await asyncio.shield(goodbye)
+
+    async def _follow(self, position: LogPosition) -> AsyncGenerator[JobEvent]:
+        patience = Patience(self._retry, self._retry.resume_for_s)
+        while True:
+            at = self._at
+            try:
+                async with contextlib.aclosing(self._connection(position, patience)) as events:
+                    async for event in events:
+                        yield event
+                        if isinstance(event, DoneEvent):
+                            return
+                raise ConnectionLost(f"the stream of job {position.job_id} ended before the job did")
+            except PASSING as error:
+                self._turn_from(at)
+                await asyncio.sleep(patience.wait_s(error))
+
+    async def _connection(self, position: LogPosition, patience: Patience) -> AsyncGenerator[JobEvent]:
+        """One connection's new events; ends with the connection."""
+        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        if position.id:
+            headers["Last-Event-ID"] = position.id
+        decoder = SseDecoder()
+        async with (
+            self._answer("GET", f"{_job_path(position.job_id)}/events", headers=headers) as response,
+            contextlib.aclosing(_chunks(response, self._silence_timeout_s)) as chunks,
+        ):
+            async for chunk in chunks:
+                for raw in decoder.feed(chunk):
+                    event = position.take(raw)
+                    if event is None:
+                        continue
+                    if not isinstance(event, QueuedEvent):  # every connection begins with one: it is no progress
+                        patience.reset()
+                    yield event
+                if decoder.retry_ms is not None:
+                    patience.first_wait_s = decoder.retry_ms / 1000
+
+    def _leave(self, job_id: str) -> asyncio.Task[None] | None:
+        """Cancel a job that is still ours; None if it is not (any more)."""
+        if job_id not in self._ours:
+            return None
+        self._ours.remove(job_id)
+        return self._keep(self._goodbye(job_id))
+
+    def _keep(self, goodbye: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(goodbye)
+        self._goodbyes.add(task)
+        task.add_done_callback(self._goodbyes.discard)
+        return task
+
+    async def _goodbye(self, job: str | asyncio.Task[JobAccepted], *, cancels: bool = True) -> None:
+        """The reader is gone, so a failure goes to the log; the job then runs to its end."""
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                job_id = job if isinstance(job, str) else (await job).id
+                if cancels:
+                    await self.cancel(job_id)
+        except (MixtralError, TimeoutError) as error:
+            name = job if isinstance(job, str) else "unknown"
+            log.warning('job=%s event=cancel_failed reason="%s"', name, error or f"no answer within {GOODBYE_S:g} s")
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    async def _ask(self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> bytes:
+        """Ask until answered, as long as the patience for plain requests lasts."""
+        patience = Patience(self._retry, self._retry.give_up_after_s)
+        while True:
+            at = self._at
+            try:
+                async with self._answer(method, path, body=body, headers=headers) as response:
+                    return await _body(response, self._answer_timeout_s)
+            except PASSING as error:
+                self._turn_from(at)
+                await asyncio.sleep(patience.wait_s(error))
+
+    @contextlib.asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One try at one server: the answer with its body unread. Raises the error for everything but a 2xx."""
+        if self._http is None:
+            # Each stream is a connection, and a limit here would hang the 101st: how many there are is the caller's choice.
+            self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+        url = self._servers[self._at % len(self._servers)] + path
+        asked = f"{method} {url}"
+        try:
+            async with asyncio.timeout(self._answer_timeout_s):
+                response = await self._http.request(
+                    method, url, data=body, headers={"Authorization": f"Bearer {self._key}", **(headers or {})}, allow_redirects=False
+                )
+        except TimeoutError as error:
+            raise ConnectionLost(f"{asked} got no answer within {self._answer_timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionLost(f"{asked} got no answer: {error or type(error).__name__}; is the server running there?") from error
+        async with response:
+            if not 200 <= response.status < 300:
+                raise refusal(asked, response.status, response.headers, await _body(response, self._answer_timeout_s))
+            yield response
+
+    def _turn_from(self, at: int) -> None:
+        """Turn to the next server, unless another request has done so already."""
+        if self._at == at:
+            self._at += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    request: JobRequest
+    key: str
+    detach: bool
+
+
+class JobStream(AsyncIterator[JobEvent]):
+    """The events of one job to its end: each token once and in order, over as many connections as it takes.
+
+    Ends after `done`; raises JobFailed at an `error` event, ConnectionLost when nobody can be reached for Retry.resume_for_s.
+    job_id is known from the first event on; last_id is where `events` goes on. Use `async with` where leaving early must have
+    cancelled the job by the next line; a stream that is merely dropped cancels it soon, at the latest when the client closes.
+    """
+
+    # The generator must not refer to this object: without a cycle, dropping a stream ends it at once.
+    def __init__(self, client: MixtralClient, position: LogPosition, order: _Order | None) -> None:
+        self._position = position
+        self._events = client._follow(position) if order is None else client._order_and_follow(position, order)
+
+    @property
+    def job_id(self) -> str:
+        return self._position.job_id
+
+    @property
+    def last_id(self) -> str:
+        return self._position.id
+
+    async def __anext__(self) -> JobEvent:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+
+async def _whole(stream: JobStream) -> Answer:
+    pieces: list[str] = []  # one per token
+    done: DoneEvent | None = None
+    async with stream:
+        async for event in stream:
+            if isinstance(event, TokenEvent):
+                pieces.append(event.text)
+            elif isinstance(event, RewindEvent):
+                del pieces[event.to :]
+            elif isinstance(event, DoneEvent):
+                done = event
+    assert done is not None, "a stream ends after done, or raises"
+    text = "".join(pieces)
+    if done.finish != "stop" and done.finish != "length":
+        raise JobStopped(stream.job_id, done.finish, text)
+    return Answer(stream.job_id, text, done.finish, done.usage, done.timings)
+
+
+async def _chunks(response: aiohttp.ClientResponse, silence_s: float) -> AsyncGenerator[bytes]:
+    """A body's bytes as they come."""
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                chunk = await response.content.readany()
+        except TimeoutError as error:
+            raise ConnectionLost(f"{response.url} was silent for {silence_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionLost(f"the connection to {response.url} broke: {error or type(error).__name__}") from error
+        if not chunk:
+            return
+        yield chunk
+
+
+async def _body(response: aiohttp.ClientResponse, silence_s: float) -> bytes:
+    body = bytearray()
+    async with contextlib.aclosing(_chunks(response, silence_s)) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise BadAnswer(f"the answer of {response.url} is larger than {MAX_ANSWER_BYTES:,} bytes, the most this client reads")
+    return bytes(body)
+
+
+def _parse(model: type[Answered], body: bytes) -> Answered:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        said = body[:200].decode(errors="replace")
+        raise BadAnswer(f"the answer should be a {model.__name__}; got {said!r}; does the address belong to this service?") from error
+
+
+def _job_request(messages: Messages | None, prompt: Prompt | None, options: JobOptions) -> JobRequest:
+    """Raises RequestRefused for what the server would refuse by its shape, TypeError for an option that does not exist."""
+    if unknown := options.keys() - JobOptions.__annotations__.keys():
+        raise TypeError(f"a job has no option {sorted(unknown)[0]!r}; it has {', '.join(JobOptions.__annotations__)}")
+    given: dict[str, Any] = {"model": DEFAULT_MODEL, **options}
+    if messages is not None:
+        given["messages"] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    if prompt is not None:
+        given["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    try:
+        return JobRequest.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RequestRefused(f"{where or 'the request'}: {first['msg']}", code="invalid_request", param=where or None) from error
+
+
+def _base_url(server: str) -> str:
+    parts = urlsplit(server)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"api_server must be an address such as http://127.0.0.1:7777; got {server!r}")
+    return server.rstrip("/")
+
+
+def _job_path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _new_key() -> str:
+    return uuid.uuid4().hex
