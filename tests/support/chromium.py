@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from support.parts import PartMissing
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--no-sandbox",  # containers and CI run as root, where Chromium's own sandbox does not start
@@ -17,7 +19,7 @@ FLAGS = [
 ]
 
 
-class ChromiumMissing(RuntimeError):
+class ChromiumMissing(PartMissing):
     """no chromium on PATH, so the page cannot be tested; install it: apt-get install chromium"""
 
 

