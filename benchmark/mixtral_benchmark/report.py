@@ -1,0 +1,192 @@
+"""What a run leaves behind: the table for people and the JSON object for programs, both from measure.figures.
+
+Decides wording, order, rounding and which facts about server, commit and machine go along. Computes no figure of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_benchmark.measure import PERCENTILES, Chat, Figure, e2e_s, failures, tokens_per_s, tpot_s, ttft_s
+
+FORMAT = 1
+"""Of the JSON object: counts up when a key changes its meaning or goes."""
+
+SATURATED_CPU_SHARE = 0.8
+"""Above this share of one core, the benchmark itself may be what is slow."""
+
+ROWS = {
+    "ttft": "time to first token",
+    "scheduled_ttft": "  from the planned send",
+    "tpot": "time per output token",
+    "itl": "gap between tokens",
+    "frame_gap": "gap between frames",
+    "e2el": "whole chat",
+    "scheduled_e2el": "  from the planned send",
+    "server_queue": "first token: queue (server)",
+    "server_prefill": "first token: prefill (server)",
+    "network_ttft": "first token: the way there and back",
+}
+
+
+def circumstances(flags: Mapping[str, object], server: str | None) -> dict[str, Any]:
+    """What a figure is worthless without. flags must hold no key."""
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark_version": version_of("mixtral-chat"),
+        "git_commit": git_commit(Path(__file__).parent),
+        "platform": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "aiohttp": version_of("aiohttp"),
+            "cpu_count": os.cpu_count(),
+        },
+        "server": server,
+        "model_id": flags["endpoint_name"],
+        "flags": dict(flags),
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that this code was checked out at, with -dirty behind it; None outside a checkout or without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip() or None
+
+
+def result(chats: Sequence[Chat], figures: Mapping[str, Figure], facts: Mapping[str, Any], client_cpu_share: float) -> dict[str, Any]:
+    """The JSON object: circumstances, figures, failures by code."""
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    return {**facts, "client_cpu_share": round(client_cpu_share, 3), **rounded, "failures": failures(chats)}
+
+
+def chat_rows(chats: Sequence[Chat], started_s: float) -> list[dict[str, Any]]:
+    """One row per chat for --json_file, times in ms from the start of the run."""
+
+    def ms(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1000, 3)
+
+    return [
+        {
+            "index": chat.index,
+            "job": chat.job,
+            "scheduled_ms": ms(chat.scheduled_s - started_s),
+            "sent_ms": ms(chat.sent_s - started_s),
+            "ttft_ms": ms(ttft_s(chat)),
+            "tpot_ms": ms(tpot_s(chat)),
+            "e2el_ms": ms(e2e_s(chat)),
+            "tokens": chat.tokens,
+            "tokens_per_s": speed and round(speed, 3),
+            "finish": chat.finish,
+            "failure": chat.failure and {"code": chat.failure.code, "message": chat.failure.message},
+        }
+        for chat in chats
+        for speed in (tokens_per_s(chat),)
+    ]
+
+
+def write_json(path: Path, outcome: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text(json.dumps({**outcome, "chats": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def json_line(outcome: Mapping[str, Any]) -> str:
+    return json.dumps(outcome, allow_nan=False)
+
+
+def show(console: Console, chats: Sequence[Chat], outcome: Mapping[str, Any]) -> None:
+    """The table. Rows that measured nothing are left out."""
+    console.print(totals(outcome), latencies(outcome), highlight=False)
+    if outcome["failures"]:
+        console.print(failure_table(chats), highlight=False)
+    if outcome["client_cpu_share"] > SATURATED_CPU_SHARE:
+        share = f"{outcome['client_cpu_share']:.0%}"
+        console.print(f"The benchmark used {share} of a core: it may itself be the limit, and latencies too high. Use fewer chats at once.")
+
+
+def totals(outcome: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    interrupted = f", {outcome['interrupted']} interrupted" if outcome["interrupted"] else ""
+    table.add_row(
+        "chats completed", f"{outcome['completed']:,}", f"{outcome['failed']} failed{interrupted}, in {outcome['duration']:.2f} s"
+    )
+    table.add_row("chats per second", number(outcome["request_throughput"]), f"at most {outcome['max_concurrent_requests']} at once")
+    table.add_row("tokens generated", f"{outcome['total_output_tokens']:,}", counting(outcome))
+    table.add_row("tokens/s in all", number(outcome["output_throughput"]), steady(outcome))
+    slowest = f"median; mean {number(outcome['mean_chat_tokens_per_s'])}, slowest 5 % below {number(outcome['p5_chat_tokens_per_s'])}"
+    table.add_row("tokens/s per chat", number(outcome["median_chat_tokens_per_s"]), slowest)
+    table.add_row("frames", f"{outcome['frames']:,}", sharing(outcome))
+    return table
+
+
+def counting(outcome: Mapping[str, Any]) -> str:
+    sources = [
+        f"{outcome[f'tokens_counted_by_{name}']} by {name}"
+        for name in ("offsets", "usage", "events")
+        if outcome[f"tokens_counted_by_{name}"]
+    ]
+    return f"chats counted: {', '.join(sources)}" if sources else ""
+
+
+def steady(outcome: Mapping[str, Any]) -> str:
+    if outcome["steady_window_s"] is None:
+        return ""
+    return f"{number(outcome['steady_output_throughput'])} in the steady window of {outcome['steady_window_s']:.2f} s"
+
+
+def sharing(outcome: Mapping[str, Any]) -> str:
+    if not outcome["frames"]:
+        return ""
+    share = outcome["frames_with_several_tokens"] / outcome["frames"]
+    return f"{share:.1%} held several tokens (at most {outcome['max_tokens_in_a_frame']}), whose times are one"
+
+
+def latencies(outcome: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("milliseconds")
+    for heading in ("mean", "p50", *(f"p{percent}" for percent in PERCENTILES)):
+        table.add_column(heading, justify="right")
+    for name, words in ROWS.items():
+        if outcome[f"mean_{name}_ms"] is not None:
+            keys = (f"mean_{name}_ms", f"median_{name}_ms", *(f"p{percent}_{name}_ms" for percent in PERCENTILES))
+            table.add_row(words, *(number(outcome[key]) for key in keys))
+    return table
+
+
+def failure_table(chats: Sequence[Chat]) -> Table:
+    first = {chat.failure.code: chat.failure.message for chat in reversed(chats) if chat.failure}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("failure", "chats", "the first one said"):
+        table.add_column(heading)
+    for code, count in failures(chats).items():
+        table.add_row(code, str(count), first[code])
+    return table
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
