@@ -93,6 +93,10 @@ export interface Patience {
   firstWaitMs: number;
   /** The longest wait, unless the server asks for more. Default 10,000. */
   maxWaitMs: number;
+  /** How long one answer may take, or stay silent in its middle. Default 15,000. */
+  answerMs: number;
+  /** How long a stream may be silent before it is opened anew. Default 45,000. */
+  silenceMs: number;
 }
 
 export interface ClientOptions {

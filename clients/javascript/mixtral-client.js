@@ -15,10 +15,15 @@ import { EventTooLarge, SseDecoder } from "./sse.js";
 
 export const DEFAULT_MODEL = "mixtral_chat";
 
-const ANSWER_MS = 15_000;
-const SILENCE_MS = 45_000; // the server sends a comment every 15 s at least
 const GOODBYE_MS = 5_000;
-const PATIENCE = { giveUpAfterMs: 15_000, resumeForMs: 120_000, firstWaitMs: 500, maxWaitMs: 10_000 };
+const PATIENCE = {
+  giveUpAfterMs: 15_000,
+  resumeForMs: 120_000,
+  firstWaitMs: 500,
+  maxWaitMs: 10_000,
+  answerMs: 15_000,
+  silenceMs: 45_000, // the server sends a comment every 15 s at least
+};
 
 /** Whatever goes wrong. `code` is the service's word for it, or one of this client's own: connection_lost, bad_answer, http_<status>. */
 export class MixtralError extends Error {
@@ -159,7 +164,7 @@ export class MixtralClient {
    * @returns {AsyncGenerator<JobEvent, void, void>}
    */
   async *#connection(id, position, patience, signal) {
-    const watch = new Watch(SILENCE_MS, signal);
+    const watch = new Watch(this.#patience.silenceMs, signal);
     try {
       const headers = { Accept: "text/event-stream", ...(position.id && { "Last-Event-ID": position.id }) };
       const response = await this.#send("GET", `/v1/jobs/${encodeURIComponent(id)}/events`, { headers, signal: watch.signal });
@@ -191,7 +196,7 @@ export class MixtralClient {
     const patience = new Patience(this.#patience, giveUpAfterMs);
     for (;;) {
       // The caller's signal ends the tries, not the try: a request under way may have made its job already.
-      const watch = new Watch(ANSWER_MS);
+      const watch = new Watch(this.#patience.answerMs);
       const at = this.#at;
       try {
         const response = await this.#send(method, path, { body, headers, signal: watch.signal });
