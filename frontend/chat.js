@@ -26,7 +26,7 @@ let reading = null;
 let isDrawingDue = false;
 
 const view = new View({ again, remedy });
-const settings = new SettingsDrawer({ change: (changed) => dispatch({ type: "settings", settings: changed }), changeKey: () => keyDialog.open() });
+const settings = new SettingsDrawer({ change: changeSettings, changeKey: () => keyDialog.open() });
 const keyDialog = new KeyDialog({ use: useKey });
 
 // ------------------------------------------------------------------------------------------------ state, drawing, keeping
@@ -45,7 +45,6 @@ function dispatch(event) {
 function draw() {
   isDrawingDue = false;
   view.draw(chat, question.value);
-  settings.draw(chat);
 }
 
 function keep() {
@@ -93,6 +92,12 @@ function newChat() {
   question.focus();
 }
 
+/** @param {Partial<import("./conversation.js").Settings>} changed */
+function changeSettings(changed) {
+  dispatch({ type: "settings", settings: changed });
+  settings.draw(chat);
+}
+
 /** @param {import("./words.js").Remedy} kind */
 function remedy(kind) {
   const acts = { again, clear: newChat, key: () => keyDialog.open(), settings: () => settings.open(chat) };
@@ -137,7 +142,7 @@ async function fetchAnswer() {
   try {
     for await (const event of events) {
       if (signal.aborted) return;
-      dispatch({ ...event, type: event.event, atMs: performance.now() });
+      dispatch(/** @type {ChatEvent} */ ({ ...event, type: event.event, atMs: performance.now() }));
     }
   } catch (error) {
     if (!signal.aborted) dispatch({ type: "failed", failure: failureOf(error) });
@@ -211,7 +216,9 @@ async function start() {
   try {
     const answer = await fetch("/v1/page", { signal: AbortSignal.timeout(10_000), cache: "no-store" });
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
-    dispatch({ type: "page", page: await answer.json() });
+    const page = await answer.json();
+    dispatch({ type: "page", page });
+    view.drawPage(page);
   } catch (error) {
     return notice(`The server does not say what it serves (${/** @type {Error} */ (error).message}). Check that it is running, then reload the page.`);
   }

@@ -51,6 +51,8 @@
  * @typedef {object} Page
  * @property {boolean} public     true: visitors need no key
  * @property {string} model
+ * @property {string} title
+ * @property {string} description
  * @property {{default: number, max: number}} max_tokens
  * @property {{default: number, min: number, max: number}} temperature
  */

@@ -67,9 +67,16 @@ export class View {
     send.hidden = isBusy(chat);
     stop.hidden = !isBusy(chat);
     if (stop.hidden && stopHadFocus) element("question").focus();
-    element("model").textContent = chat.page?.model ?? "";
     element("summary").textContent = chat.page === null ? "" : settingsLine(chat);
     for (const button of element("wishes").querySelectorAll("button")) button.disabled = chat.page === null;
+  }
+
+  /** What the server says of itself. @param {import("./conversation.js").Page} page */
+  drawPage({ title, model, description }) {
+    document.title = title;
+    element("title").textContent = title;
+    element("model").textContent = model;
+    element("about").textContent = description;
   }
 
   showEnd() {

@@ -8,7 +8,7 @@ import * as conversation from "../../frontend/conversation.js";
 
 const { canAsk, effectiveSettings, emptyChat, isBusy, isRemembered, lastExchange, nextRequest, reduce, restored, saved } = conversation;
 
-const PAGE = { public: true, model: "mixtral_chat", max_tokens: { default: 512, max: 2048 }, temperature: { default: 0.8, min: 0, max: 2 } };
+const PAGE = { public: true, model: "mixtral_chat", title: "Mixtral", description: "", max_tokens: { default: 512, max: 2048 }, temperature: { default: 0.8, min: 0, max: 2 } };
 const FAILURE = { code: "queue_full", status: 429, message: "the queue holds 1,000 jobs", retryAfterS: 3 };
 
 /** @param {any[]} events @param {any} chat */

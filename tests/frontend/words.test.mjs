@@ -7,7 +7,7 @@ import { test } from "node:test";
 import { emptyChat, lastExchange, reduce } from "../../frontend/conversation.js";
 import { about, explain, figures, standing } from "../../frontend/words.js";
 
-const PAGE = { public: true, model: "m", max_tokens: { default: 512, max: 2048 }, temperature: { default: 0.8, min: 0, max: 2 } };
+const PAGE = { public: true, model: "m", title: "M", description: "", max_tokens: { default: 512, max: 2048 }, temperature: { default: 0.8, min: 0, max: 2 } };
 
 /** The answer after these events. @param {...any} events @returns {any} */
 function answer(...events) {
