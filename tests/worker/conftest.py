@@ -1,18 +1,53 @@
-"""Small random checkpoints for the worker's tests."""
+"""Small random checkpoints, and what two real ranks make of them."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.small_mixtral import SHAPES, write_checkpoint
+import torch
+
+from support import small_mixtral, two_ranks
+
+TORCHRUN_DEADLINE_S = 60
+RunRanks = Callable[[str, Path], "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One small random Mixtral of each shape, in Mistral's layout."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {shape: write_checkpoint(root / shape, shape) for shape in SHAPES}
+    return {shape: small_mixtral.write_checkpoint(root / shape, shape) for shape in small_mixtral.SHAPES}
 
 
 @pytest.fixture(scope="session")
 def checkpoint(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["grouped"]
+
+
+@pytest.fixture(scope="session")
+def run_two_ranks(checkpoint: Path) -> RunRanks:
+    """Run support/two_ranks.py with a task under a real torchrun."""
+    program = Path(two_ranks.__file__)
+    source = program.parents[2] / "worker"
+
+    def run(task: str, out: Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        arguments = [task, str(checkpoint.parent), str(out)]
+        return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=TORCHRUN_DEADLINE_S)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def of_two_ranks(run_two_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of two computed."""
+    out = tmp_path_factory.mktemp("two_ranks") / "results.pt"
+    ended = run_two_ranks("compute", out)
+    assert ended.returncode == 0, ended.stderr
+    results: dict[str, Any] = torch.load(out)
+    return results

@@ -30,7 +30,7 @@ class Sequence:
     attempt: int
     prompt_ids: list[int]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     produced_ids: list[int] = field(default_factory=list)
     # The scheduler's own:
     slot: int = -1

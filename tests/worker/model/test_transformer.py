@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.small_mixtral import SHAPES, as_transformers
 
 from mixtral_worker.engine import Engine
 from mixtral_worker.plan import Kind, Row, Sampling, StepPlan
+from support.small_mixtral import SHAPES, as_transformers
 
 
 @pytest.mark.parametrize("shape", SHAPES)

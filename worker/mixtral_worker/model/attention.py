@@ -61,13 +61,14 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
         rotate_(qkv[:, : self.n_heads + self.n_kv_heads], batch.rotation)
         queries, kv = qkv.split((self.n_heads, 2 * self.n_kv_heads), dim=1)
-        cache.write(self.layer, batch.slots, kv.unflatten(1, (2, -1)))
+        cache.write(self.layer, batch.slots, kv.view(len(x), 2, -1, self.head_dim))
         parts = [self.attend(queries[part.tokens], part, cache) for part in batch.parts]
-        return self.wo((parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1))
+        mixed: Tensor = self.wo((parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1))
+        return mixed
 
     def attend(self, queries: Tensor, part: Decodes | Chunk, cache: KVCache) -> Tensor:  # [·, H, D] → [·, H, D]
         keys, values = cache.read(self.layer, part.table)  # [K, B, S, D]
-        grouped = queries.unflatten(1, (self.n_kv_heads, -1))  # [·, K, G, D]
+        grouped = queries.view(len(queries), self.n_kv_heads, -1, self.head_dim)  # [·, K, G, D]
         if isinstance(part, Decodes):
             return _decode(grouped, keys, values, part.bias).flatten(1, 2)
         return _prefill(grouped, keys[:, :, : part.end], values[:, :, : part.end], part.mask).flatten(1, 2)

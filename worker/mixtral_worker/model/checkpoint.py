@@ -3,7 +3,7 @@
 Every slice goes from the mapped file straight to its place on the device; at no time are there two copies of the weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ def parts(model: Transformer) -> Iterator[Part]:
     yield Part("tok_embeddings.weight", model.embedding)
     yield Part("norm.weight", model.norm.weight)
     yield Part("output.weight", model.head.weight, 0)
-    for i, layer in enumerate(model.layers):
+    layers: Iterable[Any] = model.layers
+    for i, layer in enumerate(layers):
         prefix = f"layers.{i}"
         yield Part(f"{prefix}.attention_norm.weight", layer.attention_norm.weight)
         yield Part(f"{prefix}.ffn_norm.weight", layer.ffn_norm.weight)
@@ -72,7 +73,7 @@ def _open_all(ckpt_dir: Path, device: Any) -> dict[str, tuple[Path, Any]]:
     files: dict[str, tuple[Path, Any]] = {}
     for path in paths:
         try:
-            file = safe_open(path, framework="pt", device=str(device))
+            file: Any = safe_open(path, framework="pt", device=str(device))
         except SafetensorError as error:
             found = f"{path.stat().st_size:,} bytes"
             raise ModelError(f"{path} cannot be read as safetensors ({error}); {found} found; fetch the file again") from error

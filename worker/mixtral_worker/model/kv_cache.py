@@ -25,7 +25,7 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store this step's keys and values. slots [T] = block · P + place in it, kv [T, 2, H, D]."""
-        by_position = self.store[layer].unflatten(-1, (self.block_size, self.head_dim)).flatten(2, 3)  # [2, H, N·P, D]
+        by_position = self.store[layer].view(2, self.n_kv_heads, -1, self.head_dim)  # [2, H, N·P, D]
         by_position.index_copy_(2, slots, kv.permute(1, 2, 0, 3))
 
     def read(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 def rotate_(heads: Tensor, rotation: Tensor) -> None:
     """Turn every head in place. heads [T, H, D], rotation [T, D / 2]."""
     exact = heads.float()  # heads itself where it is float32 already
-    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(exact.view(*exact.shape[:-1], -1, 2))
     pairs.mul_(rotation[:, None])
     if exact is not heads:
         heads.copy_(exact)

@@ -1,0 +1,36 @@
+"""Two real ranks over gloo compute what one rank, fairscale's layers and transformers compute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_worker.model.parallel import Shard
+from support import two_ranks
+from support.small_mixtral import SHAPES, as_transformers
+
+
+@pytest.mark.parametrize("layer", ["column", "row", "embedding"])
+def test_sharded_layer_equals_that_of_fairscale(layer: str, of_two_ranks: dict[str, Any]) -> None:
+    ours, theirs = of_two_ranks["layers"][layer]
+    assert ours.abs().max() > 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_ranks_give_the_logits_of_transformers(
+    shape: str, of_two_ranks: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    ids = [*two_ranks.PROMPTS[2], 18]
+    with torch.inference_mode():
+        expected = as_transformers(checkpoints[shape], tmp_path)(torch.tensor([ids])).logits[0, -2:]
+    torch.testing.assert_close(of_two_ranks["logits"][shape], expected, rtol=0, atol=1e-4)
+
+
+def test_one_rank_needs_no_group() -> None:
+    x = torch.ones(2, 3)
+    assert Shard.current() == Shard(0, 1, None)
+    assert Shard().sum(x) is x
+    assert Shard().concat(x) is x
+    assert Shard().least(7, x.device) == 7
