@@ -24,7 +24,7 @@ from mixtral_benchmark.load import Load, MonotonicClock, Plan, Watcher
 from mixtral_benchmark.measure import figures
 from mixtral_benchmark.progress import shown
 from mixtral_benchmark.prompts import START_PROMPT, asks
-from mixtral_benchmark.wires import CONNECT_TIMEOUT_S, NativeWire, OpenAIWire, Target, Wire, models, open_http
+from mixtral_benchmark.wires import CONNECT_TIMEOUT_S, NativeWire, OpenAIWire, ServerFacts, Target, Wire, ask_server, open_http
 from mixtral_client.errors import MixtralError, NotAllowed, NotAuthenticated
 
 OK, SOME_FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
@@ -203,10 +203,10 @@ def parse(argv: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[F
     return flags, Target(flags.api_server, flags.endpoint_name, given.api_key or environment.get("MIXTRAL_CLIENT_KEY"))
 
 
-async def check(http: aiohttp.ClientSession, target: Target) -> str | None:
-    """Reach the server, show the key, find the endpoint; gives the server's name and version. Raises NotRun."""
+async def check(http: aiohttp.ClientSession, target: Target) -> ServerFacts:
+    """Reach the server, show the key, find the endpoint. Raises NotRun."""
     try:
-        endpoints, server = await models(http, target)
+        server = await ask_server(http, target)
     except NotAuthenticated as refused:
         key = "the key given" if target.key else "a missing key"
         raise NotRun(f"{target.url} refuses {key}: {refused}; give a client key by --api_key or MIXTRAL_CLIENT_KEY") from refused
@@ -218,10 +218,9 @@ async def check(http: aiohttp.ClientSession, target: Target) -> str | None:
         raise NotRun(f"cannot reach {target.url} ({reason(unreached)}); is the server running, and is --api_server right?") from unreached
     except ValueError as unreadable:
         raise NotRun(f"{target.url}/v1/models answered something else than a list of models; is --api_server right?") from unreadable
-    if target.endpoint not in endpoints:
-        raise NotRun(
-            f"{target.url} has no endpoint {target.endpoint!r}; it has: {', '.join(endpoints) or 'none'}; choose by --endpoint_name"
-        )
+    if target.endpoint not in server.endpoints:
+        known = ", ".join(server.endpoints) or "none"
+        raise NotRun(f"{target.url} has no endpoint {target.endpoint!r}; it has: {known}; choose by --endpoint_name")
     return server
 
 
@@ -237,15 +236,17 @@ class Run:
     def __init__(self, flags: Flags, target: Target, console: Console) -> None:
         self._flags, self._target, self._console = flags, target, console
         self._clock = MonotonicClock()
-        self.server: str | None = None
+        self.server: ServerFacts | None = None
         self.load: Load | None = None
         self.cpu_share = 0.0
 
     async def __call__(self) -> None:
         async with open_http(self._target) as http:
-            self.server = await check(http, self._target)
+            self.server = server = await check(http, self._target)
             self._say(f"target   {self._target.url}, endpoint {self._target.endpoint}, by its {self._flags.api} API")
             self._say(f"load     {self._flags.load_in_words}")
+            if server.workers == 0:
+                self._say("no worker is logged in, so every chat will wait for one; start it with torchrun worker")
             await self._warm_up(http)
             await self._measure(http)
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_benchmark.measure import PERCENTILES, Chat, Figure, e2e_s, failures, tokens_per_s, tpot_s, ttft_s
+from mixtral_benchmark.wires import ServerFacts
 
 FORMAT = 1
 """Of the JSON object: counts up when a key changes its meaning or goes."""
@@ -41,7 +42,7 @@ ROWS = {
 }
 
 
-def circumstances(flags: Mapping[str, object], server: str | None) -> dict[str, Any]:
+def circumstances(flags: Mapping[str, object], server: ServerFacts | None) -> dict[str, Any]:
     """What a figure is worthless without. flags must hold no key."""
     return {
         "format": FORMAT,
@@ -54,7 +55,7 @@ def circumstances(flags: Mapping[str, object], server: str | None) -> dict[str, 
             "aiohttp": version_of("aiohttp"),
             "cpu_count": os.cpu_count(),
         },
-        "server": server,
+        "server": server and {"software": server.software, "workers": server.workers},
         "model_id": flags["endpoint_name"],
         "flags": dict(flags),
     }

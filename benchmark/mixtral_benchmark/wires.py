@@ -227,12 +227,35 @@ class NativeWire(Wire):
             pass  # The failure that brought us here is the one to report; the server ends the job by its own limits.
 
 
-async def models(http: aiohttp.ClientSession, target: Target) -> tuple[list[str], str | None]:
-    """The endpoints that this key may use, and the server's own name and version if it says one."""
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server says of itself. endpoints are those that this key may use; workers is None where it does not say."""
+
+    endpoints: tuple[str, ...]
+    software: str | None
+    workers: int | None
+
+
+async def ask_server(http: aiohttp.ClientSession, target: Target) -> ServerFacts:
+    """Raises MixtralError, aiohttp.ClientError, TimeoutError or ValueError, none of them for want of a worker count."""
     async with asyncio.timeout(CONNECT_TIMEOUT_S), http.get(f"{target.url}/v1/models") as response:
         await raise_for_status(response)
         listed = ModelList.model_validate_json(await response.read())
-        return [card.id for card in listed.data], response.headers.get("Server")
+        software = response.headers.get("Server")
+    return ServerFacts(tuple(card.id for card in listed.data), software, await _count_workers(http, target))
+
+
+async def _count_workers(http: aiohttp.ClientSession, target: Target) -> int | None:
+    """From /readyz, which other servers may lack."""
+    async with asyncio.timeout(CONNECT_TIMEOUT_S), http.get(f"{target.url}/readyz") as response:
+        if not response.ok:
+            return None
+        try:
+            said = json.loads(await response.read())
+        except ValueError:
+            return None
+        workers = said.get("workers") if isinstance(said, dict) else None
+        return workers if isinstance(workers, int) else None
 
 
 def raise_for(failure: Failure | None) -> None:

@@ -75,4 +75,4 @@ def test_difference_from_the_log_has_a_name_of_its_own(log: JobView, usage_token
 def test_text_difference_says_where() -> None:
     failure = heard(["one ", "two"]).compare(view(["one ", "too"]), 2)
     assert failure is not None
-    assert failure.message == "stream and log differ from character 5 of 7"
+    assert failure.message == "stream and log differ from character 6 of 7"

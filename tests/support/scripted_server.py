@@ -63,6 +63,7 @@ class ScriptedServer:
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[dict[str, Any]] = []
+        self.workers: int | None = 1
         self.cancelled: list[str] = []
         self.views: dict[str, dict[str, Any]] = {}
         self.refuse: Callable[[int], web.Response | None] = lambda seed: None
@@ -76,6 +77,11 @@ class ScriptedServer:
         self._check_key(request)
         card = {"id": ENDPOINT, "object": "model", "created": 0, "owned_by": "test"}
         return web.json_response({"object": "list", "data": [card]})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        if self.workers is None:
+            raise web.HTTPNotFound
+        return web.json_response({"status": "ok", "workers": self.workers})
 
     def _check_key(self, request: web.Request) -> None:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
@@ -135,6 +141,7 @@ class ScriptedServer:
     def app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/readyz", self._ready)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/jobs", self._put)
         app.router.add_get("/v1/jobs/{job}/events", self._events)
