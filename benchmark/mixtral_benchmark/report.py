@@ -172,8 +172,11 @@ def latencies(outcome: Mapping[str, Any]) -> Table:
     table.add_column("milliseconds")
     for heading in ("mean", "p50", *(f"p{percent}" for percent in PERCENTILES)):
         table.add_column(heading, justify="right")
+    is_closed_loop = outcome["flags"]["request_rate"] is None
     for name, words in ROWS.items():
-        if outcome[f"mean_{name}_ms"] is not None:
+        # A closed loop plans each send for the moment it happens: two rows would say the same.
+        is_repeat = is_closed_loop and name.startswith("scheduled_")
+        if outcome[f"mean_{name}_ms"] is not None and not is_repeat:
             keys = (f"mean_{name}_ms", f"median_{name}_ms", *(f"p{percent}_{name}_ms" for percent in PERCENTILES))
             table.add_row(words, *(number(outcome[key]) for key in keys))
     return table

@@ -11,7 +11,8 @@ from rich.console import Console
 from mixtral_benchmark.measure import PERCENTILES, Arrival, Chat, Failure, figures, latencies_s
 from mixtral_benchmark.report import ROWS, chat_rows, git_commit, json_line, result, show
 
-FACTS = {"format": 1, "flags": {}}
+FACTS: dict[str, object] = {"format": 1, "flags": {"request_rate": None}}
+OPEN_LOOP: dict[str, object] = {"format": 1, "flags": {"request_rate": 2.0}}
 
 
 def three_fates() -> list[Chat]:
@@ -20,9 +21,9 @@ def three_fates() -> list[Chat]:
     return [completed, failed, Chat(2, 0.0, 1.0)]
 
 
-def shown(chats: list[Chat], cpu_share: float = 0.1) -> str:
+def shown(chats: list[Chat], cpu_share: float = 0.1, facts: dict[str, object] = FACTS) -> str:
     text = io.StringIO()
-    show(Console(file=text, width=120), chats, result(chats, figures(chats, 0.0, 4.0), FACTS, cpu_share))
+    show(Console(file=text, width=120), chats, result(chats, figures(chats, 0.0, 4.0), facts, cpu_share))
     return text.getvalue()
 
 
@@ -43,6 +44,11 @@ def test_table_leaves_out_what_was_not_measured() -> None:
     assert "time to first token" in text
     assert "queue (server)" not in text
     assert "None" not in text
+
+
+def test_latencies_from_the_plan_are_shown_for_an_open_loop_where_they_may_differ() -> None:
+    assert "from the planned send" in shown(three_fates(), facts=OPEN_LOOP)
+    assert "from the planned send" not in shown(three_fates())
 
 
 def test_run_that_measured_nothing_still_has_a_table() -> None:
