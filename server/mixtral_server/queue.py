@@ -7,15 +7,25 @@ routes who may ask and how long a turn waits, to history.py what becomes of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib import resources
+from typing import Any
 
+import orjson
+from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from mixtral_client.protocol import (
+    Drop,
     ErrorDetail,
+    Expect,
     Finish,
+    Frame,
+    FrameError,
     JobSpec,
     JobState,
     SessionAnswer,
@@ -24,10 +34,65 @@ from mixtral_client.protocol import (
     TurnAnswer,
     TurnRequest,
     Usage,
+    WorkerJob,
 )
+from mixtral_server.errors import (
+    IdempotencyConflict,
+    JobNotFound,
+    ModelNotFound,
+    QueueFull,
+    RedisUnavailable,
+    SessionLapsed,
+    TooManySessions,
+    Unavailable,
+)
+from mixtral_server.keys import Shard, shard_of
 
 FORMAT = 1
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
+
+TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
+
+CALLER_ERRORS = frozenset(
+    {
+        "context_length_exceeded",
+        "no_messages",
+        "no_user_message",
+        "prompt_refused",
+        "roles_out_of_order",
+        "template_in_content",
+        "text_not_unicode",
+        "token_id_out_of_range",
+        "unknown_role",
+    }
+)
+"""Code words of a worker's frame error that are the caller's to mend: their job fails with OpenAI's invalid_request_error. Every
+other word, known or not, is a server_error."""
+
+MAX_JOBS_PER_TURN = 256
+MAX_TELEMETRY_BYTES = 4096
+MAX_TITLE_CHARS = 200
+MAX_FRAME_TEXT_BYTES = 4096
+MAX_TOKEN_TEXT_BYTES = 256
+"""A frame's texts hold at most the first plus as many of the second as it has ids; a stop string held back comes all at once."""
+
+_SCRIPTS = {
+    "put": ("common", "place", "put"),
+    "read": ("common", "read"),
+    "position": ("common", "place", "position"),
+    "cancel": ("common", "cancel"),
+    "open": ("common", "open"),
+    "turn": ("common", "append", "claim", "turn"),
+    "close": ("common", "close"),
+    "drain": ("common", "drain"),
+    "reap": ("common", "reap"),
+    "depth": ("common", "depth"),
+    "sessions": ("common", "sessions"),
+}
+"""Script → the files in lua/ that make it up, in this order."""
+
+_AWAY = ("OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
+"""Words in Redis's answers that mean: not now. All others are mistakes of ours."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +170,6 @@ class Snapshot:
     @property
     def ids(self) -> list[int]:
         return [token for entry in self.entries for token in entry.ids]
-
-
-TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
 
 
 @dataclass(frozen=True)
@@ -195,14 +257,34 @@ class JobQueue:
 
     def __init__(self, redis: Redis, endpoints: Mapping[str, QueueLimits]) -> None:
         """redis: as redis_server.connect() makes it (decoded answers, deadlines on every call)."""
+        self._redis = redis
+        self._endpoints = dict(endpoints)
+        self._scripts = {name: redis.register_script(_script_text(files)) for name, files in _SCRIPTS.items()}
+
+    @property
+    def endpoints(self) -> Mapping[str, QueueLimits]:
+        return self._endpoints
 
     async def start(self) -> None:
-        """Write or check the format number, load the scripts. Raises Unavailable when Redis holds a newer format."""
-        raise NotImplementedError
+        """Write or check the format number, load the scripts. Raises Unavailable when Redis holds another format."""
+        with redis_answers():
+            for endpoint in self._endpoints:
+                key = Shard(endpoint).key("format")
+                await self._redis.set(key, FORMAT, nx=True)
+                found = int(await self._redis.get(key) or FORMAT)
+                if found != FORMAT:
+                    newer = found > FORMAT
+                    raise Unavailable(
+                        f"endpoint {endpoint} in Redis is kept in format {found}; this server reads and writes format {FORMAT}; "
+                        + ("start the newer server" if newer else "finish its jobs with the older server, then delete its keys")
+                    )
+            for script in self._scripts.values():
+                await self._redis.script_load(script.script)
 
     async def ping(self) -> None:
         """Raises RedisUnavailable unless Redis answers."""
-        raise NotImplementedError
+        with redis_answers():
+            await self._redis.ping()
 
     # ------------------------------------------------------------------------------------------ clients
 
@@ -223,15 +305,46 @@ class JobQueue:
 
         Raises ModelNotFound, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full), RedisUnavailable.
         """
-        raise NotImplementedError
+        shard, limits = self._shard(endpoint), self._limits(endpoint)
+        reply = await self._run(
+            "put",
+            shard,
+            shard.new_id(),
+            owner,
+            priority,
+            weight,
+            _estimated_prompt_tokens(spec) + spec.max_tokens,
+            spec.max_tokens,
+            spec.model_dump_json(exclude_none=True),
+            title[:MAX_TITLE_CHARS],
+            _ms(limits.result_ttl_s),
+            "" if queue_timeout_s is None else _ms(queue_timeout_s),
+            "" if idempotency_key is None else hashlib.sha256(idempotency_key.encode()).hexdigest()[:32],
+            body_hash,
+            limits.max_waiting,
+            limits.max_waiting_per_user,
+            limits.max_unsaved_usage,
+        )
+        if reply[0] in ("created", "known"):
+            place = _place(reply[3:])
+            position, eta_s = (place.position, place.eta_s) if place else (None, None)
+            return Put(reply[1], reply[2], reply[0] == "created", position, eta_s)
+        raise _refusal(endpoint, limits, reply)
 
     async def read(self, job_id: str, after: int = 0) -> Snapshot:
         """Record and log entries that reach beyond offset after, in one step. Raises JobNotFound, RedisUnavailable."""
-        raise NotImplementedError
+        shard = self._shard_of_job(job_id)
+        reply = await self._run("read", shard, job_id, after)
+        if reply is None:
+            raise _job_not_found(job_id)
+        return _snapshot(job_id, shard.endpoint, *reply)
 
     async def place(self, job_id: str) -> Place | None:
-        """Where a waiting job stands under fair share; None when it does not wait. Raises RedisUnavailable."""
-        raise NotImplementedError
+        """Where a waiting job stands under fair share; None when it does not wait. Raises JobNotFound, RedisUnavailable."""
+        reply = await self._run("position", self._shard_of_job(job_id), job_id)
+        if reply is None:
+            raise _job_not_found(job_id)
+        return _place(reply)
 
     async def position(self, job_id: str) -> int | None:
         """1 = next; None when the job does not wait."""
@@ -240,56 +353,345 @@ class JobQueue:
 
     async def cancel(self, job_id: str) -> JobState:
         """End the job at once, whatever it does; no-op when it has ended. Returns its state afterwards. Raises JobNotFound."""
-        raise NotImplementedError
+        state: JobState | None = await self._run("cancel", self._shard_of_job(job_id), job_id)
+        if state is None:
+            raise _job_not_found(job_id)
+        return state
 
     # ------------------------------------------------------------------------------------------ workers
 
     async def open_session(self, request: SessionRequest, key_id: str) -> SessionAnswer:
         """Log a worker in. The caller has checked key and protocol number. Raises ModelNotFound, TooManySessions."""
-        raise NotImplementedError
+        shard, limits = self._shard(request.endpoint), self._limits(request.endpoint)
+        session = shard.new_id()
+        facts = request.model_dump(include={"name", "model", "device", "version", "max_slots", "max_seq_len"})
+        flat = [part for pair in facts.items() for part in pair]
+        if not await self._run("open", shard, session, key_id, _ms(limits.lease_s), limits.max_sessions_per_key, *flat):
+            raise TooManySessions(
+                f"this worker key has {limits.max_sessions_per_key} sessions open on {request.endpoint}, the most it may have; "
+                f"close one, or wait {limits.lease_s:g} s for those of dead workers to lapse",
+                retry_after_s=limits.lease_s,
+            )
+        return SessionAnswer(session=session, lease_s=limits.lease_s, report_interval_ms=limits.report_interval_ms)
 
     async def turn(self, request: TurnRequest, key_id: str) -> TurnAnswer:
         """Append frames, renew the lease, lease up to room jobs. Never waits for work. Raises SessionLapsed.
 
         The same turn number may be sent again and again: while nothing was leased under it, each call may lease (so a parked
-        turn calls this every few seconds); once something was, every call leases the same jobs and no others.
+        turn calls this every few seconds); once something was, every call answers with the same jobs and no others.
         """
-        raise NotImplementedError
+        shard = self._shard_of_session(request.session)
+        reply = await self._run(
+            "turn",
+            shard,
+            request.session,
+            key_id,
+            request.turn,
+            request.room,
+            _ms(self._limits(shard.endpoint).lease_s),
+            MAX_JOBS_PER_TURN,
+            _telemetry_json(request.telemetry),
+            len(request.holding),
+            *(part for pair in request.holding for part in pair),
+            *(part for frame in request.frames for part in _frame_args(frame)),
+        )
+        if reply[0] == "lapsed":
+            raise _session_lapsed(request.session)
+        if reply[0] == "stale":
+            return TurnAnswer(turn=request.turn)
+        _, jobs, drops, expects, drain = reply
+        return TurnAnswer(
+            turn=request.turn,
+            jobs=[_worker_job(*job) for job in jobs],
+            drops=[Drop(job=job, attempt=int(attempt)) for job, attempt in drops],
+            expect=[Expect(job=job, offset=offset) for job, offset in expects],
+            drain=bool(drain),
+        )
 
     async def close_session(self, session: str, key_id: str) -> int:
         """Log out: every job held goes back to its place in the queue at once. Returns how many; 0 for an unknown session."""
-        raise NotImplementedError
+        shard = self._known(shard_of(session))
+        return int(await self._run("close", shard, session, key_id)) if shard else 0
 
     async def drain_session(self, session: str) -> bool:
         """Ask a worker to take no new work and to leave when done. False when there is no such session."""
-        raise NotImplementedError
+        shard = self._known(shard_of(session))
+        return bool(shard and await self._run("drain", shard, session))
 
     # ------------------------------------------------------------------------------------------ upkeep
 
     async def reap(self, endpoint: str) -> Reaped:
         """Return the jobs of lapsed sessions, expire jobs past their deadline. Any replica, every second."""
-        raise NotImplementedError
+        reply = await self._run("reap", self._shard(endpoint), self._limits(endpoint).max_dead_letters)
+        lapsed, requeued, dead, expired, gap_ms, more = reply
+        return Reaped(lapsed, requeued, dead, expired, gap_ms / 1000, bool(more))
 
     async def usage_batch(self, endpoint: str, limit: int = 500) -> list[FinishedJob]:
         """The oldest jobs of the outbox. Several replicas may get the same rows: job_id tells them apart."""
-        raise NotImplementedError
+        with redis_answers():
+            rows: Any = await self._redis.xrange(self._shard(endpoint).key("usage"), count=limit)
+        return [_finished_job(endpoint, entry_id, row) for entry_id, row in rows]
 
     async def usage_ack(self, endpoint: str, entry_ids: Sequence[str]) -> None:
         """Forget rows of the outbox that are saved."""
-        raise NotImplementedError
+        if entry_ids:
+            with redis_answers():
+                await self._redis.xdel(self._shard(endpoint).key("usage"), *entry_ids)
 
     async def dead_letters(self, endpoint: str, limit: int = 100) -> list[DeadLetter]:
         """The latest jobs given up, newest first."""
-        raise NotImplementedError
+        with redis_answers():
+            rows: Any = await self._redis.xrevrange(self._shard(endpoint).key("dead"), count=limit)
+        return [DeadLetter(row["job"], row["owner"], row["reason"], row["worker"], _seconds(row["at"])) for _, row in rows]
 
     async def depth(self, endpoint: str) -> Depth:
         """Counts for /metrics."""
-        raise NotImplementedError
+        waiting, users, running, sessions, unsaved, dead, rate, totals = await self._run("depth", self._shard(endpoint))
+        by_priority = {int(priority): int(count) for priority, count in _pairs(waiting)}
+        total = {name: int(count) for name, count in _pairs(totals)}
+        return Depth(
+            waiting=sum(by_priority.values()),
+            running=running,
+            sessions=sessions,
+            users_waiting=users,
+            unsaved_usage=unsaved,
+            dead_letters=dead,
+            finish_rate=float(rate) if rate else None,
+            ended={state: total.get(state, 0) for state in TERMINAL_STATES},
+            waiting_by_priority=by_priority,
+            tokens=total.get("tokens", 0),
+        )
 
     async def sessions(self, endpoint: str) -> list[LiveWorker]:
         """The workers that hold a lease now."""
-        raise NotImplementedError
+        return [_live_worker(endpoint, *row) for row in await self._run("sessions", self._shard(endpoint))]
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    async def _run(self, script: str, shard: Shard, *args: str | int | float) -> Any:
+        with redis_answers():
+            return await self._scripts[script](keys=[shard.tag], args=args)
+
+    def _limits(self, endpoint: str) -> QueueLimits:
+        return self._endpoints[endpoint]
+
+    def _shard(self, endpoint: str) -> Shard:
+        if endpoint not in self._endpoints:
+            known = ", ".join(sorted(self._endpoints))
+            raise ModelNotFound(f"there is no endpoint {endpoint[:100]!r}; known are: {known}", param="model")
+        return Shard(endpoint)
+
+    def _known(self, shard: Shard | None) -> Shard | None:
+        return shard if shard and shard.endpoint in self._endpoints else None
+
+    def _shard_of_job(self, job_id: str) -> Shard:
+        shard = self._known(shard_of(job_id))
+        if shard is None:
+            raise _job_not_found(job_id)
+        return shard
+
+    def _shard_of_session(self, session: str) -> Shard:
+        shard = self._known(shard_of(session))
+        if shard is None:
+            raise _session_lapsed(session)
+        return shard
 
 
-WakeTicket = int
-EndKind = Literal["done", "error"]
+@contextmanager
+def redis_answers() -> Iterator[None]:
+    """Redis's errors that mean `not now` become RedisUnavailable; mistakes of ours stay what they are."""
+    try:
+        yield
+    except (redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
+        raise RedisUnavailable(f"the queue's Redis does not answer ({type(error).__name__}); try again", retry_after_s=1.0) from error
+    except redis_errors.ResponseError as error:
+        word = next((word for word in _AWAY if word in str(error)), None)
+        if word is None:
+            raise
+        raise RedisUnavailable(f"the queue's Redis takes no writes now ({word}); try again", retry_after_s=5.0) from error
+
+
+def _script_text(files: Sequence[str]) -> str:
+    folder = resources.files("mixtral_server") / "lua"
+    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in files)
+
+
+def _ms(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
+
+
+def _seconds(ms: str) -> float:
+    return int(ms) / 1000
+
+
+def _pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _estimated_prompt_tokens(spec: JobSpec) -> int:
+    """The server has no tokenizer: four bytes of UTF-8 make a token, and each message costs a few for its frame."""
+    if spec.messages is not None:
+        return sum(len(message.content.encode()) // 4 + 8 for message in spec.messages)
+    prompt = spec.prompt or ""
+    return len(prompt.encode()) // 4 + 1 if isinstance(prompt, str) else len(prompt)
+
+
+def _place(reply: Sequence[Any]) -> Place | None:
+    position, rate = reply
+    if position is None:
+        return None
+    return Place(position, position / float(rate) if rate else None)
+
+
+def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any]) -> Exception:
+    why = reply[0]
+    if why == "conflict":
+        return IdempotencyConflict("this Idempotency-Key came before with another body; send the same body again, or a new key")
+    if why == "unsaved":
+        return Unavailable(
+            f"{reply[1]:,} finished jobs of {endpoint} are not yet in the ledger, {limits.max_unsaved_usage:,} at most; "
+            "new jobs are taken when the database has caught up",
+            retry_after_s=30.0,
+        )
+    rate = float(reply[2]) if reply[2] else 0.0
+    retry_after_s = min(60.0, max(1.0, 1 / rate)) if rate else 5.0
+    if why == "full":
+        sentence = f"{reply[1]:,} jobs wait for {endpoint}, {limits.max_waiting:,} at most"
+    else:
+        sentence = f"you have {reply[1]:,} jobs waiting for {endpoint}, {limits.max_waiting_per_user:,} at most"
+    return QueueFull(f"{sentence}; try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s)
+
+
+def _job_not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"there is no job {job_id[:150]!r}; finished jobs are forgotten after a while")
+
+
+def _session_lapsed(session: str) -> SessionLapsed:
+    return SessionLapsed(f"session {session[:150]!r} has ended or lapsed and its jobs are with others; drop them and log in anew")
+
+
+def _snapshot(job_id: str, endpoint: str, record: Sequence[str | None], log: Sequence[Any]) -> Snapshot:
+    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended = record
+    terminal = state in TERMINAL_STATES
+    return Snapshot(
+        job_id=job_id,
+        endpoint=endpoint,
+        owner=owner or "",
+        title=title or "",
+        state=state,  # type: ignore[arg-type]
+        priority=int(priority or 0),
+        created=_seconds(created or "0"),
+        attempt=int(attempt or 0),
+        n=int(n or 0),
+        entries=tuple(entry for entry in (_entry(*row) for row in log) if entry.ids),
+        finish=finish or None,  # type: ignore[arg-type]
+        error=ErrorDetail.model_validate_json(error) if error else None,
+        usage=_usage(prompt_tokens, n) if terminal else None,
+        timings=_timings(created, started, first, ended) if terminal else None,
+    )
+
+
+def _entry(entry_id: str, fields: Sequence[str]) -> Entry:
+    values = dict(_pairs(fields))
+    ids = tuple(orjson.loads(values.get("ids", "[]")))
+    return Entry(int(entry_id.partition("-")[0]) - len(ids) + 1, ids, tuple(orjson.loads(values.get("texts", "[]"))))
+
+
+def _usage(prompt_tokens: str | None, n: str | None) -> Usage:
+    prompt, completion = int(prompt_tokens or 0), int(n or 0)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def _timings(created: str | None, started: str | None, first: str | None, ended: str | None) -> Timings:
+    since = int(created or 0)
+    queue_s, first_token_s, total_s = ((int(at) - since) / 1000 if at else None for at in (started, first, ended))
+    return Timings(queue_s=queue_s, first_token_s=first_token_s, total_s=total_s)
+
+
+def _finished_job(endpoint: str, entry_id: str, row: Mapping[str, str]) -> FinishedJob:
+    return FinishedJob(
+        entry_id=entry_id,
+        job_id=row["job"],
+        endpoint=endpoint,
+        owner=row["owner"],
+        title=row["title"],
+        state=row["state"],  # type: ignore[arg-type]
+        finish=row["finish"],  # type: ignore[arg-type]
+        error_code=row["error"] or None,
+        prompt_tokens=int(row["prompt_tokens"]),
+        completion_tokens=int(row["n"]),
+        attempts=int(row["attempt"]),
+        created=_seconds(row["created"]),
+        ended=_seconds(row["ended"]),
+        timings=_timings(row["created"], row["started"], row["first"], row["ended"]),
+    )
+
+
+def _live_worker(endpoint: str, session: str, lease_left_ms: int, running: int, record: Sequence[str]) -> LiveWorker:
+    facts = dict(_pairs(record))
+    return LiveWorker(
+        session=session,
+        endpoint=endpoint,
+        key_id=facts["key"],
+        name=facts["name"],
+        model=facts["model"],
+        device=facts["device"],
+        version=facts["version"],
+        max_slots=int(facts["max_slots"]),
+        max_seq_len=int(facts["max_seq_len"]),
+        running=running,
+        room=int(facts["room"]),
+        opened=_seconds(facts["opened"]),
+        lease_left_s=lease_left_ms / 1000,
+        drain="drain" in facts,
+        telemetry=orjson.loads(facts.get("telemetry", "{}")),
+    )
+
+
+def _worker_job(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, produced: Sequence[str]) -> WorkerJob:
+    return WorkerJob(
+        id=job_id,
+        attempt=int(attempt),
+        spec=JobSpec.model_validate_json(spec),
+        produced_ids=[token for ids in produced for token in orjson.loads(ids)],
+        sent_bytes=int(sent_bytes),
+        suspect=int(deaths) >= 2,
+    )
+
+
+def _telemetry_json(telemetry: Mapping[str, Any]) -> str:
+    """ "" keeps what the last turn said: telemetry that is too long or cannot be written is not worth refusing tokens for."""
+    try:
+        text = orjson.dumps(telemetry).decode()
+    except orjson.JSONEncodeError:
+        return ""
+    return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
+
+
+def _frame_args(frame: Frame) -> tuple[str | int, ...]:
+    """What turn.lua reads of a frame: job, attempt, offset, count, ids, texts, bytes of texts, prompt tokens, ending, detail."""
+    size = sum(len(text.encode()) for text in frame.texts)
+    most = MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids)
+    if size > most:
+        message = f"the worker sent {size:,} bytes of text for {len(frame.ids):,} tokens; {most:,} at most"
+        error = FrameError(code="worker_text_too_long", message=message)
+        frame = Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
+        size = 0
+    ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
+    return (
+        frame.job,
+        frame.attempt,
+        frame.offset,
+        len(frame.ids),
+        orjson.dumps(frame.ids).decode(),
+        orjson.dumps(frame.texts).decode(),
+        size,
+        "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31),
+        ending,
+        _error_detail(frame.error).model_dump_json(exclude_none=True) if frame.error else "",
+    )
+
+
+def _error_detail(error: FrameError) -> ErrorDetail:
+    kind = "invalid_request_error" if error.code in CALLER_ERRORS else "server_error"
+    return ErrorDetail(message=error.message, type=kind, code=error.code)

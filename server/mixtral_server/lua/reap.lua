@@ -1,0 +1,25 @@
+-- What time alone changes: sessions lapse, queue-time limits pass. Bounded per call.
+-- ARGV: most dead letters kept. → {lapsed, requeued, dead, expired, gap in ms, whether more is left}
+local MAX_SESSIONS, MAX_EXPIRED = 50, 500
+
+local is_first = call('EXISTS', t .. ':tick') == 0
+use_reserve()
+local gap = move_times()
+call('SET', t .. ':tick', now)
+if is_first then return {0, 0, 0, 0, 0, 0} end -- how long nobody watched is unknown: judge from the next call on
+
+local lapsed = call('ZRANGEBYSCORE', t .. ':sessions', '-inf', now, 'LIMIT', 0, MAX_SESSIONS)
+local requeued, dead = 0, 0
+for _, session in ipairs(lapsed) do
+  local worker = call('HGET', session_key(session), 'name') or session
+  end_session(session, function(job)
+    if survive(job, worker, ARGV[1]) then dead = dead + 1 else requeued = requeued + 1 end
+  end)
+end
+
+local expired = call('ZRANGEBYSCORE', t .. ':deadlines', '-inf', now, 'LIMIT', 0, MAX_EXPIRED)
+for _, id in ipairs(expired) do finish(load_job(id), 'expired', 'expired') end
+
+publish()
+local more = #lapsed == MAX_SESSIONS or #expired == MAX_EXPIRED
+return {#lapsed, requeued, dead, #expired, gap, more and 1 or 0}
