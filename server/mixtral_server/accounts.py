@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from sqlalchemy import Column, Float, ForeignKey, String, Table, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from .apikeys import SCOPES, ApiKey, Scope, hash_of, new_secret, prefix_of
-from .database import METADATA, Database
+from mixtral_server.apikeys import SCOPES, ApiKey, Scope, hash_of, new_secret, prefix_of
+from mixtral_server.database import METADATA, Database
 
 USERS = Table(
     "users",

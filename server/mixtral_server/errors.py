@@ -5,8 +5,11 @@
     │   ├── ContextLengthExceeded    400 context_length_exceeded
     │   ├── ModelNotFound            404 model_not_found
     │   ├── JobNotFound              404 job_not_found
+    │   ├── RouteNotFound            404 route_not_found
+    │   ├── MethodNotAllowed         405 method_not_allowed
     │   ├── BodyTooSlow              408 body_too_slow
     │   ├── SessionLapsed            410 session_lapsed
+    │   ├── JobCancelled             410 cancelled
     │   ├── BodyTooLarge             413 body_too_large
     │   ├── WrongContentType         415 wrong_content_type
     │   └── IdempotencyConflict      422 idempotency_conflict
@@ -17,6 +20,7 @@
     │   └── TooManySessions          429 too_many_sessions
     ├── JobFailed                    500 (the worker's own code word)
     └── Unavailable                  503 unavailable
+        ├── JobExpired               503 expired
         └── RedisUnavailable         503 redis_unavailable
 
 Leaves to app.py how an error becomes a body, and to whoever raises it the sentence: what was asked, the rule with its number,
@@ -62,12 +66,26 @@ class JobNotFound(RequestRefused):
     status, code = 404, "job_not_found"
 
 
+class RouteNotFound(RequestRefused):
+    status, code = 404, "route_not_found"
+
+
+class MethodNotAllowed(RequestRefused):
+    status, code = 405, "method_not_allowed"
+
+
 class BodyTooSlow(RequestRefused):
     status, code = 408, "body_too_slow"
 
 
 class SessionLapsed(RequestRefused):
     status, code = 410, "session_lapsed"
+
+
+class JobCancelled(RequestRefused):
+    """An OpenAI call whose job was cancelled. Not 409, which clients of OpenAI's take as a call to try again."""
+
+    status, code = 410, "cancelled"
 
 
 class BodyTooLarge(RequestRefused):
@@ -113,6 +131,12 @@ class JobFailed(ServiceError):
 
 class Unavailable(ServiceError):
     status, code = 503, "unavailable"
+
+
+class JobExpired(Unavailable):
+    """No worker began the job within its queue time."""
+
+    code = "expired"
 
 
 class RedisUnavailable(Unavailable):

@@ -16,7 +16,7 @@ from sqlalchemy import BigInteger, Column, Date, Float, Index, Integer, String, 
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from .database import METADATA, Database
+from mixtral_server.database import METADATA, Database
 
 FINISHED_JOBS = Table(
     "finished_jobs",

@@ -1,0 +1,239 @@
+"""`mixtral-server`, `python -m server`: flags and environment → Settings → a running server; also `keys` and `migrate`.
+
+Decides what an operator types and reads. Leaves every knob to settings.py and running to app.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from mixtral_server.accounts import Accounts, KeyNotFound
+from mixtral_server.apikeys import SCOPES, Scope
+from mixtral_server.app import Started, StartError, serve
+from mixtral_server.database import Database, DatabaseError, SchemaError
+from mixtral_server.endpoints import EndpointConfig, EndpointError, read_endpoints
+from mixtral_server.errors import ServiceError
+from mixtral_server.routes.service import Stages
+from mixtral_server.settings import ENVIRONMENT_PREFIX, SettingError, Settings, knobs, load_settings, shipped
+
+log = logging.getLogger(__name__)
+
+ABOUT = """\
+The server of Mixtral chat: takes chats over HTTP, queues them in Redis, hands them to workers, streams the answers.
+
+With no command it serves. The first start makes one client, one worker and one admin key and writes them to DATA_DIR/keys.env.
+Every flag can also be set as MIXTRAL_<NAME> in the environment or in a .env file; a flag wins over the environment, and that over .env."""
+
+EXAMPLES = """\
+examples:
+  mixtral-server                                       on 127.0.0.1:7777, with a Redis and a SQLite of its own in ./data
+  mixtral-server --host 0.0.0.0 --redis_url redis://queue:6379/0 --database_url postgresql+asyncpg://mixtral@db/mixtral
+  mixtral-server keys create --user alice --scope client
+  mixtral-server keys revoke mx-c-3fQ9aZ
+
+docs/configuration.md tells more of every setting."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = _parser().parse_args(arguments)
+    try:
+        settings = load_settings(_given(flags), os.environ, Path(".env"))
+        endpoints = read_endpoints(_endpoint_folder(settings))
+    except (SettingError, EndpointError) as error:
+        _end(f"mixtral-server: {error}", 2)
+    _log_to_stderr(settings.log_level)
+    try:
+        match flags.command:
+            case "keys":
+                asyncio.run(_keys(settings, flags))
+            case "migrate":
+                asyncio.run(_migrate(settings))
+            case _:
+                asyncio.run(_serve(settings, endpoints))
+    except (StartError, SchemaError, KeyNotFound) as error:
+        _end(f"mixtral-server: {error}", 1)
+    except ServiceError as error:
+        _end(f"mixtral-server: {error.message}", 1)
+    except DatabaseError as error:
+        _end(f"mixtral-server: the database cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}", 1)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    table = _settings_flags()
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="mixtral-server", description=ABOUT, epilog=EXAMPLES, formatter_class=form, parents=[table], allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=version("mixtral-chat"))
+    commands = parser.add_subparsers(dest="command", metavar="{keys,migrate}", title="commands (none: serve)")
+    commands.add_parser("migrate", help="bring the database's tables up to date", parents=[table], allow_abbrev=False)
+    keys = commands.add_parser("keys", help="list, create or revoke API keys", allow_abbrev=False)
+    acts = keys.add_subparsers(dest="act", required=True)
+    listing = acts.add_parser("list", help="every key by its visible prefix", parents=[table], allow_abbrev=False)
+    listing.add_argument("--all", action="store_true", help="revoked keys too")
+    create = acts.add_parser("create", help="make a key and show it once", parents=[table], allow_abbrev=False)
+    create.add_argument("--user", default="operator", help="whose key it is; users share the queue fairly (%(default)s)")
+    create.add_argument("--name", default="", help="what you call it (the scopes)")
+    create.add_argument("--scope", action="append", required=True, choices=SCOPES, help="what it may do; may be given several times")
+    create.add_argument("--endpoint", action="append", default=[], help="for this endpoint alone; may be given several times")
+    create.add_argument("--weight", type=float, help="the user's share of the queue against other users' (1)")
+    revoke = acts.add_parser("revoke", help="end a key; every server refuses it within 5 s", parents=[table], allow_abbrev=False)
+    revoke.add_argument("key", help="its id, its visible prefix or its name, as `keys list` shows them")
+    return parser
+
+
+def _settings_flags() -> argparse.ArgumentParser:
+    """One flag for each knob. Values stay text here: settings.py reads and judges flags, variables and .env alike."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("settings")
+    for name, knob in knobs().items():
+        default = Settings.__dataclass_fields__[name].default
+        unit = f" {knob.unit}" if knob.unit else ""
+        limits = f"; {knob.limits}" if knob.limits else ""
+        shown = f" ({'on' if default is True else 'off' if default is False else default if default != '' else 'empty'}{unit}{limits})"
+        text = (knob.sentence + shown).replace("%", "%%")
+        if isinstance(default, bool):
+            group.add_argument(f"--{name}", nargs="?", const="true", default=argparse.SUPPRESS, metavar="true|false", help=text)
+        else:
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=(knob.unit or name).upper(), help=text)
+    return parser
+
+
+def _given(flags: argparse.Namespace) -> dict[str, str]:
+    return {name: value for name, value in vars(flags).items() if name in knobs()}
+
+
+def _endpoint_folder(settings: Settings) -> Path:
+    return Path(settings.endpoint_dir) if settings.endpoint_dir else shipped("server/endpoints", "endpoints")
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+async def _serve(settings: Settings, endpoints: Mapping[str, EndpointConfig]) -> None:
+    if settings.public_page and not settings.is_page_public:
+        log.warning(
+            "event=public_page_refused host=%s why=not_loopback: the page asks for a key; "
+            "say --public_page_on_public_host as well to let anyone who reaches this host chat",
+            settings.host,
+        )
+    stages = Stages()
+
+    def stop(signum: int) -> None:
+        if stages.leaving.is_set():
+            stages.draining.set()
+            stages.closing.set()  # asked twice: now
+        elif signum == signal.SIGINT:
+            stages.draining.set()  # a person at the keyboard: no balancer has to notice first
+        stages.leaving.set()
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop, signum)
+    await serve(settings, endpoints, stages, lambda started: _announce(settings, started))
+    log.info("event=ended")
+
+
+def _announce(settings: Settings, started: Started) -> None:
+    if started.first_keys is not None:
+        path = write_keys_env(settings.data_path, started.first_keys)
+        print(f"The first keys, shown this once and written to {path}:")
+        for scope, key in started.first_keys.items():
+            print(f"  {variable_of(scope)}={key}")
+    print(f"mixtral-server listens on {started.url}", flush=True)
+    log.info("event=started host=%s port=%d public_page=%s", started.host, started.port, str(settings.is_page_public).lower())
+
+
+def variable_of(scope: Scope) -> str:
+    return f"{ENVIRONMENT_PREFIX}{scope.upper()}_KEY"
+
+
+def write_keys_env(folder: Path, keys: Mapping[Scope, str]) -> Path:
+    """Readable by this user alone from its first byte on; replaces what an earlier database left."""
+    path, fresh = folder / "keys.env", folder / f".keys.env.{os.getpid()}"
+    text = "# Made by the first start of mixtral-server. A shell reads it with: . ./keys.env\n"
+    text += "".join(f"{variable_of(scope)}={key}\n" for scope, key in keys.items())
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    fresh.replace(path)
+    return path
+
+
+async def _migrate(settings: Settings) -> None:
+    database = _database(settings)
+    try:
+        before, now = await database.migrate()
+    finally:
+        await database.close()
+    print(f"database at revision {now}" + (", as before" if before == now else f", from {before or 'empty'}"))
+
+
+async def _keys(settings: Settings, flags: argparse.Namespace) -> None:
+    database = _database(settings)
+    try:
+        await database.make_ready()
+        accounts = Accounts(database)
+        match flags.act:
+            case "list":
+                await _list_keys(accounts, flags.all)
+            case "create":
+                await _create_key(accounts, flags)
+            case "revoke":
+                key = await accounts.revoke_key(flags.key, time.time())
+                print(f"revoked {key.prefix}… ({key.name} of {key.user}); every server refuses it within 5 s")
+    finally:
+        await database.close()
+
+
+async def _list_keys(accounts: Accounts, with_revoked: bool) -> None:
+    row = "{:<17}  {:<11}  {:<20}  {:<16}  {:<20}  {:<16}  {}"
+    print(row.format("id", "prefix", "name", "user", "scopes", "created", "endpoints"))
+    for key in await accounts.keys(with_revoked):
+        created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_s))
+        endpoints = " ".join(sorted(key.endpoints)) or "all"
+        revoked = "  revoked" if key.revoked_s is not None else ""
+        print(row.format(key.id, key.prefix, key.name, key.user, " ".join(sorted(key.scopes)), created, endpoints) + revoked)
+
+
+async def _create_key(accounts: Accounts, flags: argparse.Namespace) -> None:
+    scopes = list(dict.fromkeys(flags.scope))
+    secret = await accounts.create_key(
+        user=flags.user,
+        name=flags.name or " ".join(scopes),
+        scopes=scopes,
+        endpoints=flags.endpoint,
+        weight=flags.weight,
+        now_s=time.time(),
+    )
+    print(secret)
+
+
+def _database(settings: Settings) -> Database:
+    settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Database(settings.sql_url)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="time=%(asctime)s level=%(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"
+    )
+    for noisy in ("aiohttp", "alembic", "aiosqlite", "sqlalchemy"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

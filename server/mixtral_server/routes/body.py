@@ -1,0 +1,117 @@
+"""A request's body: its head checked, read under a limit of size and time, and turned into a model of the wire.
+
+Decides what is refused and with which sentence; never a 500 for what a caller sent. Leaves meaning to the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from typing import TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from mixtral_server.errors import BodyTooLarge, BodyTooSlow, RequestRefused, WrongContentType
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_model(request: web.Request, kind: type[Body], *, limit_bytes: int, timeout_s: float) -> Body:
+    """The body as kind. Raises WrongContentType, BodyTooLarge, BodyTooSlow, RequestRefused."""
+    check_head(request, limit_bytes)
+    raw = await _read(request, limit_bytes, timeout_s)
+    try:
+        parsed = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise RequestRefused(f"the body must be JSON in UTF-8; {error}") from error
+    if not isinstance(parsed, dict):
+        raise RequestRefused(f"the body must be a JSON object; got {_kind_of(parsed)}")
+    try:
+        return kind.model_validate(parsed)
+    except ValidationError as error:
+        raise refusal(error) from error
+
+
+def check_head(request: web.Request, limit_bytes: int) -> None:
+    """What can be refused before a byte of the body is read."""
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise WrongContentType(f"the body must be sent uncompressed; got Content-Encoding {encoding[:40]!r}")
+    content_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise WrongContentType(f"the body must be JSON, Content-Type: application/json; got {content_type[:60] or 'none'}")
+    if request.content_length is not None and request.content_length > limit_bytes:
+        raise too_large(limit_bytes, f"{request.content_length:,}")
+
+
+def too_large(limit_bytes: int, given: str) -> BodyTooLarge:
+    return BodyTooLarge(f"the body may be {limit_bytes:,} bytes at most; this one has {given}; shorten it")
+
+
+async def _read(request: web.Request, limit_bytes: int, timeout_s: float) -> bytes:
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.content.iter_any():
+                size += len(part)
+                if size > limit_bytes:
+                    raise too_large(limit_bytes, f"more than {limit_bytes:,}")
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the body must arrive within {timeout_s:g} s; {size:,} bytes came") from error
+    except web.RequestPayloadError as error:
+        raise RequestRefused("the body ended before it was whole; send it again") from error
+    return b"".join(parts)
+
+
+def refusal(error: ValidationError) -> RequestRefused:
+    """One sentence for the first thing that is wrong, naming the field, the rule and what was given."""
+    problems = error.errors(include_url=False, include_context=False)
+    # of a field with alternatives, pydantic lists the problem of each: those that got deepest are the ones meant
+    field = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
+    deepest = max(len(one["loc"]) for one in field)
+    first, *others = (one for one in field if len(one["loc"]) == deepest)
+    param = param_of(first["loc"])
+    if first["type"] == "missing":
+        return RequestRefused(f"{param} is missing", param=param)
+    if first["type"] == "value_error":
+        sentence = first["msg"].removeprefix("Value error, ")
+        return RequestRefused(f"{param}: {sentence}" if param else sentence, param=param or None)
+    rules = [re.sub(r"^\w[\w ]*? should ", "must ", one["msg"]) for one in (first, *others) if param_of(one["loc"]) == param]
+    return RequestRefused(f"{param} {' or '.join(dict.fromkeys(rules))}; got {_shown(first['input'])}", param=param)
+
+
+def param_of(loc: tuple[int | str, ...]) -> str:
+    """('messages', 0, 'role') → messages[0].role. Names of alternatives, which pydantic puts in, are left out."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "float", "bool"):
+            path += f".{part}" if path else part
+    return path
+
+
+def fingerprint(route: str, body: BaseModel) -> str:
+    """What an Idempotency-Key is bound to: the route and the body's meaning; whether it is streamed is no part of it."""
+    meaning = body.model_dump(mode="json", exclude={"stream", "stream_options"})
+    return hashlib.sha256(orjson.dumps([route, meaning], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _kind_of(value: object) -> str:
+    if value is None:
+        return "null"
+    return {list: "an array", str: "a string", bool: "true or false"}.get(type(value), "a number")
+
+
+def _shown(value: object) -> str:
+    """What was given, short. Lists and objects are named, not quoted: they may hold a whole chat."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value):,}"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

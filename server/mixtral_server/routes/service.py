@@ -1,0 +1,193 @@
+"""What every route may use, and what a route is.
+
+Decides how a job is put and given up, and what the stages of stopping are. Leaves wires to the files beside it, and starting and
+stopping to app.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from aiohttp import web
+
+from mixtral_client.protocol import JobSpec
+from mixtral_server.apikeys import Scope
+from mixtral_server.auth import Auth, Caller
+from mixtral_server.endpoints import EndpointConfig
+from mixtral_server.errors import JobNotFound, ModelNotFound, NotAllowed, RedisUnavailable, RequestRefused, ServiceError, Unavailable
+from mixtral_server.metrics import Metrics
+from mixtral_server.queue import JobQueue, Put
+from mixtral_server.relay import Relay
+from mixtral_server.routes.following import Following
+from mixtral_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_IDEMPOTENCY_KEY = 255
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stopping, in order. leaving: /readyz says 503, all else goes on. draining: no new jobs, native streams end at an event, to be resumed
+    elsewhere. closing: whatever is left ends now."""
+
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one server. group owns what outlives a request."""
+
+    settings: Settings
+    endpoints: Mapping[str, EndpointConfig]
+    queue: JobQueue
+    relay: Relay
+    auth: Auth
+    metrics: Metrics
+    group: asyncio.TaskGroup
+    new_seed: Callable[[], int]
+    now_s: Callable[[], float]
+    stages: Stages = field(default_factory=Stages)
+    followings: set[Following] = field(default_factory=set)
+
+    def endpoint(self, model: str, caller: Caller) -> EndpointConfig:
+        """Raises ModelNotFound for a name that is none, NotAllowed for one that the caller's key is not for."""
+        endpoint = self.endpoints.get(model)
+        if endpoint is None:
+            names = ", ".join(sorted(name for name in self.endpoints if caller.may_use(name)))
+            raise ModelNotFound(f"there is no model {model[:100]!r} here; this server has {names}", param="model")
+        if not caller.may_use(model):
+            raise NotAllowed(f"this key is for {', '.join(sorted(caller.endpoints))}; the request named {model}", param="model")
+        return endpoint
+
+    async def put(
+        self,
+        request: web.Request,
+        caller: Caller,
+        endpoint: EndpointConfig,
+        spec: JobSpec,
+        body_hash: str,
+        *,
+        priority: int = 0,
+        queue_timeout_s: float | None = None,
+    ) -> Put:
+        """Queue a job for the caller. A caller that leaves while Redis is being asked leaves no job behind.
+
+        Raises what JobQueue.put raises, LimitReached for a visitor, Unavailable while the server is stopping.
+        """
+        self.refuse_while_draining()
+        key = idempotency_key(request)
+        await self.auth.admit(request, caller)
+        putting = asyncio.create_task(
+            self.queue.put(
+                endpoint.name,
+                caller.owner,
+                spec,
+                priority=priority,
+                weight=caller.weight,
+                idempotency_key=key,
+                body_hash=body_hash,
+                queue_timeout_s=endpoint.queue_timeout_s if queue_timeout_s is None else queue_timeout_s,
+            )
+        )
+        try:
+            put = await asyncio.shield(putting)
+        except asyncio.CancelledError:
+            self.group.create_task(self._abandon_when_put(putting, is_keyed=key is not None))
+            raise
+        request["job"] = put.job_id  # for the access log
+        if put.created:
+            self.metrics.jobs_put.labels(endpoint.name).inc()
+        return put
+
+    def refuse_while_draining(self) -> None:
+        if self.stages.draining.is_set():
+            raise Unavailable("this server is stopping; ask again and another one answers, or this one when it is back", retry_after_s=2)
+
+    async def _abandon_when_put(self, putting: asyncio.Task[Put], *, is_keyed: bool) -> None:
+        try:
+            put = await putting
+        except ServiceError as error:
+            log.info("event=put_failed_unread code=%s", error.code)
+        else:
+            if not is_keyed:
+                await self._cancel_after_grace(put.job_id)
+
+    def abandon(self, job_id: str) -> None:
+        """The client of an OpenAI call is gone: cancel its job after the grace, at once when the server stops."""
+        self.group.create_task(self._cancel_after_grace(job_id))
+
+    async def _cancel_after_grace(self, job_id: str) -> None:
+        await is_set_within(self.stages.draining, self.settings.client_grace_s)
+        while True:
+            try:
+                state = await self.queue.cancel(job_id)
+            except JobNotFound:
+                return  # it ended, and so long ago that its result is gone
+            except RedisUnavailable:
+                if await is_set_within(self.stages.closing, 1.0):
+                    log.warning("job=%s event=not_cancelled why=redis_unavailable", job_id)
+                    return
+            else:
+                if state == "cancelled":
+                    self.metrics.jobs_abandoned.inc()
+                    log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, self.settings.client_grace_s)
+                return
+
+    def follow(self, job_id: str, after: int = 0, crc: int | None = None, *, is_resumable: bool) -> Following:
+        """The job's events with pauses made visible. Use with `async with`."""
+        return Following(self.relay.follow(job_id, after, crc), self.followings, is_resumable=is_resumable)
+
+    def stop_followings(self, *, resumable_only: bool) -> None:
+        for following in self.followings:
+            if following.is_resumable or not resumable_only:
+                following.stop()
+
+
+Answer: TypeAlias = Callable[[Service, web.Request, Caller], Awaitable[web.StreamResponse]]
+PublicAnswer: TypeAlias = Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One route for the holder of a key with this scope; a visitor's cookie has scope client."""
+
+    method: str
+    path: str
+    scope: Scope
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class PublicRoute:
+    """One route that asks nobody who they are."""
+
+    method: str
+    path: str
+    answer: PublicAnswer
+
+
+async def is_set_within(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until the event is set (True) or the time is over (False)."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not (1 <= len(key) <= MAX_IDEMPOTENCY_KEY and key.isascii() and key.isprintable()):
+        raise RequestRefused(
+            f"the Idempotency-Key header must be 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters; got {len(key)}",
+            param="Idempotency-Key",
+        )
+    return key

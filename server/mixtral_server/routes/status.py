@@ -1,0 +1,65 @@
+"""Whether the server lives, whether it should be sent work, and its numbers. Open to all: nothing here is secret."""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import web
+
+from mixtral_server.errors import RedisUnavailable, RequestRefused, ServiceError, Unavailable
+from mixtral_server.metrics import CONTENT_TYPE, QueueNumbers
+from mixtral_server.routes.service import PublicRoute, Service
+
+log = logging.getLogger(__name__)
+
+
+async def livez(service: Service, request: web.Request) -> web.StreamResponse:
+    """The process answers."""
+    return web.json_response({"status": "ok"})
+
+
+async def readyz(service: Service, request: web.Request) -> web.StreamResponse:
+    """200 while this replica takes work: Redis answers, and it is not stopping. ?workers=N also wants so many workers logged in."""
+    if service.stages.leaving.is_set():
+        raise Unavailable("this server is stopping; send requests to another one", retry_after_s=2)
+    await service.queue.ping()
+    sessions = [await service.queue.sessions(endpoint) for endpoint in service.endpoints]
+    workers = sum(len(one) for one in sessions)
+    wanted = request.query.get("workers", "0")
+    if not (wanted.isdecimal() and len(wanted) < 6):
+        raise RequestRefused(f"workers must be a whole number of 0 or more; got {wanted[:40]!r}", param="workers")
+    if workers < int(wanted):
+        raise Unavailable(f"{workers} workers are logged in and {wanted} were asked for; start one with torchrun worker", retry_after_s=2)
+    return web.json_response({"status": "ok", "workers": workers})
+
+
+async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
+    """Numbers of this replica, and of the queues as Redis holds them."""
+    queues = {}
+    is_redis_up = True
+    for endpoint in service.endpoints:
+        try:
+            depth = await service.queue.depth(endpoint)
+        except ServiceError as error:
+            is_redis_up = is_redis_up and not isinstance(error, RedisUnavailable)
+            log.warning("event=depth_unread endpoint=%s code=%s", endpoint, error.code)
+            continue
+        queues[endpoint] = QueueNumbers(
+            waiting=depth.waiting,
+            running=depth.running,
+            workers=depth.sessions,
+            users_waiting=depth.users_waiting,
+            unsaved_usage=depth.unsaved_usage,
+            dead_letters=depth.dead_letters,
+            tokens=depth.tokens,
+            ended=depth.ended,
+        )
+    service.metrics.redis_up.set(is_redis_up)
+    return web.Response(body=service.metrics.render(queues), headers={"Content-Type": CONTENT_TYPE})
+
+
+ROUTES = (
+    PublicRoute("GET", "/livez", livez),
+    PublicRoute("GET", "/readyz", readyz),
+    PublicRoute("GET", "/metrics", metrics),
+)

@@ -1,0 +1,89 @@
+"""The worker wire: log in, turn, log out.
+
+Decides which protocol numbers are taken and how long a turn waits for work. Leaves leases, fences and offsets to the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest, TurnAnswer, TurnRequest
+from mixtral_server.auth import Caller
+from mixtral_server.errors import RequestRefused, SessionLapsed
+from mixtral_server.keys import shard_of
+from mixtral_server.routes.body import read_model
+from mixtral_server.routes.service import Route, Service
+
+OLDEST_PROTOCOL = 1
+
+
+async def open_session(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
+    wanted = await read_model(
+        request, SessionRequest, limit_bytes=service.settings.body_limit_bytes, timeout_s=service.settings.body_timeout_s
+    )
+    if wanted.protocol < OLDEST_PROTOCOL:
+        raise RequestRefused(
+            f"this server speaks worker protocol {OLDEST_PROTOCOL} to {PROTOCOL_VERSION}; the worker speaks {wanted.protocol}: update it",
+            param="protocol",
+        )
+    service.endpoint(wanted.endpoint, caller)
+    answer = await service.queue.open_session(wanted, key_of(caller))
+    return web.json_response(body=answer.model_dump_json().encode(), status=201)
+
+
+async def turn(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
+    """Answers at once when there is anything to report or to tell; else waits for work, claiming anew now and then."""
+    wanted = await read_model(
+        request, TurnRequest, limit_bytes=service.settings.worker_body_limit_bytes, timeout_s=service.settings.body_timeout_s
+    )
+    shard = shard_of(wanted.session)
+    if shard is None:
+        raise SessionLapsed(f"there is no session {wanted.session[:100]!r}; log in anew")
+    clock = asyncio.get_running_loop().time
+    until = clock() + service.settings.worker_poll_s
+    while True:
+        seen = service.relay.wakes(shard.endpoint)
+        answer = await service.queue.turn(wanted, key_of(caller))
+        left_s = until - clock()
+        if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
+            return web.json_response(body=answer.model_dump_json().encode())
+        await _work_or_closing(service, shard.endpoint, min(left_s, service.settings.worker_claim_s), seen)
+        await service.auth.caller(request, "worker")  # a key revoked while the turn waited gets no more jobs
+
+
+def has_news(wanted: TurnRequest, answer: TurnAnswer) -> bool:
+    """Whether worker or server has something to say, so that the turn must not wait."""
+    return bool(wanted.frames or wanted.holding or answer.jobs or answer.drops or answer.expect or answer.drain)
+
+
+async def close_session(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
+    """Every job held goes back to its place in the queue. Closing a session twice changes nothing."""
+    released = await service.queue.close_session(request.match_info["session"], key_of(caller))
+    return web.json_response({"released": released})
+
+
+ROUTES = (
+    Route("POST", "/v1/worker/sessions", "worker", open_session),
+    Route("POST", "/v1/worker/turn", "worker", turn),
+    Route("DELETE", "/v1/worker/sessions/{session}", "worker", close_session),
+)
+
+
+def key_of(caller: Caller) -> str:
+    assert caller.key_id is not None  # a visitor has no scope worker
+    return caller.key_id
+
+
+async def _work_or_closing(service: Service, endpoint: str, timeout_s: float, seen: int) -> None:
+    work = asyncio.create_task(service.relay.work(endpoint, timeout_s, seen))
+    closing = asyncio.create_task(service.stages.closing.wait())
+    try:
+        await asyncio.wait((work, closing), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (work, closing):
+            task.cancel()
+        await asyncio.wait((work, closing))
+    if not work.cancelled():
+        work.result()
