@@ -1,0 +1,70 @@
+"""Entry of `torchrun worker`: flags → Settings → startup.
+
+Decides who speaks (help: rank 0; logs: rank 0; errors: the first rank of a host) and with which code a rank ends: 0 after an orderly stop,
+2 for settings or a checkpoint that cannot work, 1 for everything else. Imports torch only once the settings hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import NoReturn
+
+from mixtral_worker.settings import SettingsRefused, parse
+from mixtral_worker.telemetry import LOG, line
+from mixtral_worker.watchdog import Signals
+
+FAILED, WRONG_SETTINGS = 1, 2
+
+
+def main() -> None:
+    rank, argv = int(os.environ.get("RANK", "0")), sys.argv[1:]
+    if rank and {"-h", "--help"} & set(argv):
+        sys.exit(0)
+    try:
+        settings = parse(argv, os.environ)
+    except SettingsRefused as refused:
+        _refuse(refused, WRONG_SETTINGS)
+    signals = Signals()  # before torch, whose threads must block the signals too
+    _log_to_stderr(settings.log_level.upper() if rank == 0 else "ERROR", rank)
+    LOG.info(line("starting", ckpt_dir=settings.ckpt_dir, ranks=os.environ.get("WORLD_SIZE", "1"), pid=os.getpid()))
+
+    from mixtral_worker import startup
+
+    try:
+        _end(startup.run(settings, signals))
+    except startup.REFUSALS as refused:
+        _refuse(refused, WRONG_SETTINGS)
+    except startup.LinkRefused as refused:
+        _refuse(refused, FAILED)
+    except Exception:  # noqa: BLE001 - logged with its traceback, and this rank's end ends the others
+        LOG.exception(line("rank_failed", rank=rank))
+        _end(FAILED)
+
+
+def _refuse(error: Exception, code: int) -> NoReturn:
+    """One sentence, from one process of each host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"mixtral-worker: {error}", file=sys.stderr)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End now: an ordinary exit would wait for collectives that other ranks may never join."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _log_to_stderr(level: str, rank: int) -> None:
+    form = logging.Formatter(
+        f"%(asctime)s.%(msecs)03dZ level=%(levelname)s {f'rank={rank} ' if rank else ''}%(message)s", "%Y-%m-%dT%H:%M:%S"
+    )
+    form.converter = time.gmtime
+    out = logging.StreamHandler(sys.stderr)
+    out.setFormatter(form)
+    LOG.addHandler(out)
+    LOG.setLevel(level)
+    LOG.propagate = False

@@ -1,0 +1,283 @@
+"""The step loop: jobs in, tokens out, one forward pass at a time.
+
+Decides what a job's ids mean (its prompt, its text, its end) and which job fails alone. Rank 0 runs `run_leader` (or the terminal chat)
+with a Batch; the other ranks run `run_follower`. Leaves to scheduler.py who computes what in a step, to engine.py the step, to link.py
+the server.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from mixtral_worker.detokenizer import Detokenizer
+
+from mixtral_client.protocol import FrameError, WorkerJob
+from mixtral_worker.engine import Engine
+from mixtral_worker.link import DrainAsked, End, JobDropped, JobTaken, Link, LinkEnded, Piece
+from mixtral_worker.plan import Kind, PlanCodec, Sampling, StepPlan
+from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_text
+from mixtral_worker.ranks import Ranks
+from mixtral_worker.scheduler import DoesNotFit, Scheduler, Sequence
+from mixtral_worker.telemetry import LOG, SUMMARY_EVERY_S, Rate, Telemetry, line
+from mixtral_worker.tokenizer import Tokenizer
+from mixtral_worker.watchdog import Watchdog
+
+IDLE_WAIT_S = 0.25
+HEARTBEAT_EVERY_S = 1.0
+FINISH_WITHIN_S = 20.0  # torchrun kills 30 s after SIGTERM; the link needs the rest to say goodbye
+LOGOUT_WITHIN_S = 3.0
+
+
+@dataclass
+class _Answer:
+    """One job's way from ids to text."""
+
+    job: WorkerJob
+    sequence: Sequence
+    detokenizer: Detokenizer
+    taken_s: float
+
+
+class Batch:
+    """Every job in this worker, on rank 0. Pieces go out in the order in which tokens were made."""
+
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, prompt_format: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._prompt_format = prompt_format
+        self._clock = clock
+        self._answers: dict[str, _Answer] = {}
+        self._tokens, self._steps = Rate(), Rate()
+        self._tokens_total = self._jobs_total = self._failed_total = 0
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def take(self, job: WorkerJob) -> list[Piece]:
+        """Let a job in. What comes back is empty, or its end: refused, or nothing left to do."""
+        self._jobs_total += 1
+        try:
+            answer = self._admit(job)
+        except PromptRefused as refused:
+            return [self._failed(job, 0, refused.code, str(refused))]
+        except DoesNotFit as refused:
+            return [self._failed(job, 0, "context_length_exceeded", str(refused))]
+        except Exception as error:  # noqa: BLE001 - one job's trouble must not end the others
+            LOG.exception(line("job_failed", job=job.id))
+            return [self._failed(job, 0, "worker_error", f"this worker could not read the job: {type(error).__name__}: {error}")]
+        return [] if answer is None else [answer]
+
+    def drop(self, job_id: str, attempt: int) -> None:
+        """Forget a job; it feeds nothing from the next step on."""
+        answer = self._answers.get(job_id)
+        if answer is not None and answer.job.attempt == attempt:
+            del self._answers[job_id]
+            self.scheduler.remove(job_id)
+            LOG.info(line("dropped", job=job_id, attempt=attempt, tokens=len(answer.sequence.produced_ids)))
+
+    def plan_step(self) -> StepPlan | None:
+        return self.scheduler.plan_step()
+
+    def record(self, plan: StepPlan, next_ids: list[int]) -> list[Piece]:
+        """Take in the ids of a step: their text, and which jobs end with them."""
+        news = self.scheduler.record(plan, next_ids)
+        self._steps.add(self._clock(), 1)
+        self._tokens.add(self._clock(), len(news))
+        self._tokens_total += len(news)
+        return [self._piece(self._answers[sequence.job_id], next_id) for sequence, next_id in news]
+
+    def telemetry(self) -> Telemetry:
+        scheduler, now_s = self.scheduler, self._clock()
+        return Telemetry(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            slots=scheduler.max_slots,
+            kv_blocks_used=scheduler.pool.num_blocks - scheduler.pool.free_blocks,
+            kv_blocks=scheduler.pool.num_blocks,
+            tokens_per_s=round(self._tokens.per_s(now_s), 1),
+            steps_per_s=round(self._steps.per_s(now_s), 1),
+            tokens_total=self._tokens_total,
+            jobs_total=self._jobs_total,
+            failed_total=self._failed_total,
+        )
+
+    def _admit(self, job: WorkerJob) -> Piece | None:
+        spec = job.spec
+        prompt_ids = self._prompt_ids(job)
+        self._require_known(chain(prompt_ids, job.produced_ids))
+        room = self.scheduler.max_seq_len - len(prompt_ids)
+        if room < 1:
+            raise PromptRefused(
+                "context_length_exceeded",
+                f"prompt is {len(prompt_ids):,} tokens; this worker takes at most {self.scheduler.max_seq_len - 1:,} "
+                f"({self.scheduler.max_seq_len:,} context minus 1 kept for the answer); shorten the chat",
+            )
+        is_fresh_answer = spec.messages is not None and spec.messages[-1].role != "assistant"
+        sampling = Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.seed)
+        sequence = Sequence(job.id, job.attempt, prompt_ids, min(spec.max_tokens, room), sampling, list(job.produced_ids))
+        detokenizer = Detokenizer(self._tokenizer, spec.stop, job.produced_ids, job.sent_bytes, is_fresh_answer)
+        answer = _Answer(job, sequence, detokenizer, self._clock())
+        end = self._end(answer)
+        if end is not None:  # an earlier attempt made the last token and died before it could say so
+            return self._ended(answer, Piece(job.id, job.attempt, len(prompt_ids), end=end))
+        self.scheduler.admit(sequence)
+        self._answers[job.id] = answer
+        LOG.info(
+            line(
+                "taken",
+                job=job.id,
+                attempt=job.attempt,
+                prompt_tokens=len(prompt_ids),
+                max_tokens=sequence.max_tokens,
+                from_offset=len(job.produced_ids) + 1,
+            )
+        )
+        return None
+
+    def _prompt_ids(self, job: WorkerJob) -> list[int]:
+        spec = job.spec
+        if spec.messages is not None:
+            messages = [Message(message.role, message.content) for message in spec.messages]
+            return encode_chat(self._tokenizer, messages, self._prompt_format)
+        if isinstance(spec.prompt, str):
+            return encode_text(self._tokenizer, spec.prompt)
+        if not spec.prompt:
+            raise PromptRefused("no_messages", "the job has neither messages nor a prompt; send one of them")
+        return list(spec.prompt)
+
+    def _require_known(self, ids: Iterable[int]) -> None:
+        size = self._tokenizer.vocab_size
+        unknown = next((id for id in ids if not 0 <= id < size), None)
+        if unknown is not None:
+            raise PromptRefused(
+                "token_out_of_vocabulary", f"token id {unknown} is not in this model's vocabulary of {size:,}, counted from 0"
+            )
+
+    def _piece(self, answer: _Answer, next_id: int) -> Piece:
+        job, prompt_tokens = answer.job, len(answer.sequence.prompt_ids)
+        if next_id < 0:
+            del self._answers[job.id]
+            at = len(answer.sequence.produced_ids) + 1
+            sentence = f"the model's scores for token {at} are not finite numbers; the job was stopped there; repeat it"
+            return self._failed(job, prompt_tokens, "numerical_error", sentence)
+        try:
+            text = answer.detokenizer.push(next_id)
+            end = self._end(answer)
+            if end is not None:
+                text += answer.detokenizer.flush()
+        except Exception as error:  # noqa: BLE001 - one job's trouble must not end the others
+            LOG.exception(line("job_failed", job=job.id))
+            self._forget(answer)
+            return self._failed(
+                job, prompt_tokens, "worker_error", f"this worker could not write the answer: {type(error).__name__}: {error}"
+            )
+        piece = Piece(job.id, job.attempt, prompt_tokens, next_id, text, end)
+        return piece if end is None else self._ended(answer, piece)
+
+    def _end(self, answer: _Answer) -> End | None:
+        produced = answer.sequence.produced_ids
+        if answer.detokenizer.stopped or produced[-1:] == [self._tokenizer.eos_id]:
+            return "stop"
+        return "length" if answer.sequence.is_complete else None
+
+    def _ended(self, answer: _Answer, piece: Piece) -> Piece:
+        self._forget(answer)
+        tokens = len(answer.sequence.produced_ids)
+        LOG.info(line("finished", job=piece.job, finish=piece.end, tokens=tokens, after_s=self._clock() - answer.taken_s))
+        return piece
+
+    def _forget(self, answer: _Answer) -> None:
+        self._answers.pop(answer.job.id, None)
+        self.scheduler.remove(answer.job.id)
+
+    def _failed(self, job: WorkerJob, prompt_tokens: int, code: str, sentence: str) -> Piece:
+        self._failed_total += 1
+        LOG.warning(line("failed", job=job.id, attempt=job.attempt, code=code, reason=sentence))
+        return Piece(job.id, job.attempt, prompt_tokens, end=FrameError(code=code, message=sentence))
+
+
+class Crew:
+    """All ranks as one engine, seen from rank 0."""
+
+    def __init__(self, engine: Engine, ranks: Ranks, codec: PlanCodec, watchdog: Watchdog) -> None:
+        self._engine, self._ranks, self._codec, self._watchdog = engine, ranks, codec, watchdog
+        self._step = 0
+        self._shared_s = 0.0
+
+    def step(self, plan: StepPlan) -> list[int]:
+        self._step = plan.step
+        self._share(plan)
+        return self._engine.step(plan)
+
+    def idle(self) -> None:
+        """Call at least every second while there is no step: the other ranks wait for a plan, the watchdog for a sign of life."""
+        self._watchdog.beat(self._step)
+        if time.monotonic() - self._shared_s > HEARTBEAT_EVERY_S:
+            self._share(StepPlan(Kind.IDLE, self._step))
+
+    def stop(self) -> None:
+        self._share(StepPlan(Kind.STOP, self._step))
+
+    def _share(self, plan: StepPlan) -> None:
+        self._watchdog.beat(self._step)
+        self._ranks.share(plan, self._codec)
+        self._shared_s = time.monotonic()
+
+
+def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[], signal.Signals | None]) -> None:
+    """Serve until a signal or the server asks to stop. SIGTERM lets jobs finish for a while, the other signals hand them back at once.
+
+    Raises what ended the link (LinkRefused), after the other ranks were told to stop.
+    """
+    link.start()
+    draining, give_up_s = False, float("inf")
+    summary_due_s = 0.0
+    while True:
+        link.beat()
+        for event in link.poll(IDLE_WAIT_S if link.is_full or not len(batch) else 0.0):
+            match event:
+                case JobTaken(job):
+                    link.report(batch.take(job))
+                case JobDropped(job_id, attempt):
+                    batch.drop(job_id, attempt)
+                case DrainAsked():
+                    LOG.info(line("draining", asked_by="server", jobs=len(batch)))
+                    draining = True
+                case LinkEnded(error):
+                    crew.stop()
+                    raise error
+        now_s, received = time.monotonic(), asked_to_stop()
+        if received is not None and give_up_s == float("inf"):
+            LOG.info(line("draining", asked_by=received.name, jobs=len(batch)))
+            draining, give_up_s = True, now_s + (FINISH_WITHIN_S if received == signal.SIGTERM else 0.0)
+            link.drain()
+        if draining and (not len(batch) or now_s >= give_up_s):
+            break
+        plan = None if link.is_full else batch.plan_step()
+        if plan is None:
+            crew.idle()
+            continue
+        link.report(batch.record(plan, crew.step(plan)))
+        link.telemetry = batch.telemetry()
+        if now_s >= summary_due_s:
+            summary_due_s = now_s + SUMMARY_EVERY_S
+            LOG.info(line("summary", **link.telemetry.as_fields()))
+    crew.idle()
+    link.close(LOGOUT_WITHIN_S)
+    crew.stop()
+    LOG.info(line("stopped", handed_back=len(batch)))
+
+
+def run_follower(engine: Engine, ranks: Ranks, codec: PlanCodec, watchdog: Watchdog) -> None:
+    """Do what rank 0 plans until it says stop. A broken connection to another rank raises, and ends this one too."""
+    while True:
+        plan = ranks.share(None, codec)
+        watchdog.beat(plan.step)
+        if plan.kind == Kind.STOP:
+            return
+        if plan.kind == Kind.STEP:
+            engine.step(plan)

@@ -1,0 +1,68 @@
+"""What the worker says about itself: the numbers that go out with each turn, and its log lines.
+
+Decides names and form: one log line per event, `key=value`. Leaves to the loop when a number changes, and to the server what becomes of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LOG = logging.getLogger("mixtral_worker")
+SUMMARY_EVERY_S = 10.0
+RATE_WINDOW_S = 10.0
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Sent with each turn. Counts are of now; rates are of the last ten seconds; totals are since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks: int = 0
+    tokens_per_s: float = 0.0
+    steps_per_s: float = 0.0
+    tokens_total: int = 0
+    jobs_total: int = 0
+    failed_total: int = 0
+
+    def as_fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Rate:
+    """Events per second over the last RATE_WINDOW_S. The caller brings the clock."""
+
+    def __init__(self) -> None:
+        self._counts: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, now_s: float, count: int) -> None:
+        self._counts.append((now_s, count))
+        self._sum += count
+        self._forget(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        self._forget(now_s)
+        if not self._counts:
+            return 0.0
+        return self._sum / max(now_s - self._counts[0][0], 1.0)
+
+    def _forget(self, now_s: float) -> None:
+        while self._counts and self._counts[0][0] < now_s - RATE_WINDOW_S:
+            self._sum -= self._counts.popleft()[1]
+
+
+def line(event: str, *, job: str | None = None, **fields: object) -> str:
+    """One log line: the job first, then the event, then key=value; a value with blanks stands in quotes."""
+    first = {"job": job} if job is not None else {}
+    return " ".join(f"{name}={_shown(value)}" for name, value in {**first, "event": event, **fields}.items())
+
+
+def _shown(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"' if not text or set(text) & set(' "\n=') else text
