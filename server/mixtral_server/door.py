@@ -1,0 +1,117 @@
+"""Connections: how many are taken, how long a silent one is kept, what is said to a caller that does not speak HTTP.
+
+Decides these by a subclass of aiohttp's own connection. Leaves requests to aiohttp and answers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from mixtral_server.answers import error_response, word
+from mixtral_server.auth import network_of
+from mixtral_server.errors import RequestRefused, ServiceError
+from mixtral_server.metrics import Metrics
+from mixtral_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    return {"keepalive_timeout": settings.keepalive_s, "auto_decompress": False, "lingering_time": 2.0}
+
+
+class Door:
+    """Counts open connections, in all and by address."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self._metrics = metrics
+        self._by_address: Counter[str] = Counter()
+        self._total = 0
+
+    def enter(self, address: str) -> bool:
+        """Whether one more may come in."""
+        if self._total >= self.settings.max_connections:
+            self._metrics.connections_refused.labels("max_connections").inc()
+            return False
+        if self._by_address[address] >= self.settings.max_connections_per_address:
+            self._metrics.connections_refused.labels("max_connections_per_address").inc()
+            return False
+        self._by_address[address] += 1
+        self._total += 1
+        self._metrics.connections.set(self._total)
+        return True
+
+    def leave(self, address: str) -> None:
+        self._total -= 1
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
+        self._metrics.connections.set(self._total)
+
+
+class Connection(RequestHandler):
+    """aiohttp's connection behind a door, with a deadline for its first request's head."""
+
+    def __init__(self, door: Door, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(server, loop=loop, access_log=cast(logging.Logger, None), **connection_options(door.settings))
+        self._door = door
+        self._address: str | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        peer = transport.get_extra_info("peername")
+        address = network_of(peer[0]) if isinstance(peer, tuple) else "local"
+        if not self._door.enter(address):
+            cast(asyncio.Transport, transport).abort()
+            return
+        self._address = address
+        super().connection_made(transport)
+        self._timer = self._loop.call_later(self._door.settings.header_timeout_s, self._close_if_silent)
+
+    def data_received(self, data: bytes) -> None:
+        if self._address is not None:
+            super().data_received(data)
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        if self._address is None:
+            return
+        self._door.leave(self._address)
+        self._address = None
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(error)
+
+    def _close_if_silent(self) -> None:
+        if self._request_count == 0:
+            self.force_close()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What cannot be read as HTTP is answered in the same shape as everything else."""
+        if status >= 500:
+            log.error("event=internal_error path=%s", request.path, exc_info=exc)
+            error = ServiceError("the server failed at this request; its log has the trace")
+        else:
+            log.info("event=bad_http address=%s error=%s", request.remote, word(str(exc)))
+            error = RequestRefused("the request is not HTTP as this server reads it; check address, port and headers")
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("answer broken off") from exc
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+async def open_door(settings: Settings, metrics: Metrics, server: web.Server, listening: socket.socket) -> asyncio.Server:
+    """Take connections from now on."""
+    loop = asyncio.get_running_loop()
+    door = Door(settings, metrics)
+    return await loop.create_server(lambda: Connection(door, server, loop), sock=listening, backlog=1024)
