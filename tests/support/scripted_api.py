@@ -168,7 +168,7 @@ class ScriptedApi:
     def __init__(self) -> None:
         self.worlds: dict[str, World] = {}
         self.url = ""
-        app = web.Application(middlewares=[_answer_refusals])
+        app = web.Application(middlewares=[_answer_refusals], client_max_size=16 << 20)
         app.router.add_post("/scripts", self._new_script)
         app.router.add_get("/s/{world}/history", self._history)
         app.router.add_post("/s/{world}/v1/jobs", self._submit)
