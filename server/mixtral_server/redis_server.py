@@ -86,7 +86,6 @@ def connect(url: str) -> Redis:
         timeout=CALL_TIMEOUT_S,
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CALL_TIMEOUT_S,
-        health_check_interval=15,
         decode_responses=True,
         retry=retry,
     )

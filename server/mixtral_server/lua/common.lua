@@ -158,7 +158,7 @@ local function finish_rate()
   if not rate.value then return nil end
   local value = rate.value * math.exp(-(now - rate.at) / RATE_MS)
   if value < 0.05 then return nil end
-  return value / (1 - math.exp(-math.max(1, now - rate.since) / RATE_MS)) / RATE_MS * 1000
+  return value / (1 - math.exp(-math.max(1000, now - rate.since) / RATE_MS)) / RATE_MS * 1000
 end
 
 local function count_lease()

