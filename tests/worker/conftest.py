@@ -16,6 +16,12 @@ TORCHRUN_DEADLINE_S = 60
 RunRanks = Callable[[str, Path], "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small tensors gain nothing from more, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One small random Mixtral of each shape, in Mistral's layout."""

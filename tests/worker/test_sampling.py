@@ -132,7 +132,9 @@ def test_noise_of_neighbouring_tokens_seeds_and_offsets_is_uncorrelated() -> Non
         assert abs(correlation) < 5 / math.sqrt(noise.numel())
 
 
-@pytest.mark.parametrize(("setting", "kept"), [(Sampling(1.0, top_k=3), 3), (Sampling(1.0, top_p=0.75), 2), (Sampling(1.0, top_k=3, top_p=0.8), 2)])
+@pytest.mark.parametrize(
+    ("setting", "kept"), [(Sampling(1.0, top_k=3), 3), (Sampling(1.0, top_p=0.75), 2), (Sampling(1.0, top_k=3, top_p=0.8), 2)]
+)
 def test_draws_follow_the_softmax_of_the_kept_candidates_alone(setting: Sampling, kept: int) -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     ids = draws(probabilities.log(), setting, 30_000)

@@ -39,10 +39,13 @@ class ModelConfig:
         try:
             return cls._from_params(params)
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path} does not describe a Mixtral: {type(error).__name__} {error}") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ModelError(f"{path} does not describe a Mixtral: {reason}") from error
 
     @classmethod
-    def _from_params(cls, params: dict[str, Any]) -> "ModelConfig":
+    def _from_params(cls, params: Any) -> "ModelConfig":
+        if not isinstance(params, dict):
+            raise TypeError(f"it holds {params!r:.40} instead of an object")
         if params.get("sliding_window"):
             raise ValueError(f"sliding_window {params['sliding_window']} is set, but this worker attends to the whole context")
         moe = params["moe"]
