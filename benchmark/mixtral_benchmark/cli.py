@@ -301,20 +301,26 @@ async def benchmark(flags: Flags, target: Target) -> int:
     if run.load is None:
         print("interrupted before the load began; nothing was measured", file=sys.stderr)
         return INTERRUPTED
-    publish(flags, run, run.load)
-    failed = any(chat.failure for chat in run.load.chats)
-    return INTERRUPTED if interrupted else SOME_FAILED if failed else OK
+    is_published = publish(flags, run, run.load)
+    if interrupted:
+        return INTERRUPTED
+    return SOME_FAILED if not is_published or any(chat.failure for chat in run.load.chats) else OK
 
 
-def publish(flags: Flags, run: Run, load: Load) -> None:
-    """Table, file, and the JSON object as the last line."""
+def publish(flags: Flags, run: Run, load: Load) -> bool:
+    """Table, the JSON object as the last line, then the file; False if that could not be written."""
     measured = figures(load.chats, load.started_s, load.ended_s)
     outcome = report.result(load.chats, measured, report.circumstances(flags.shown(), run.server), run.cpu_share)
     out = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
     report.show(out, load.chats, outcome)
-    if flags.json_file:
-        report.write_json(flags.json_file, outcome, report.chat_rows(load.chats, load.started_s))
     print(report.json_line(outcome), flush=True)
+    if flags.json_file:
+        try:
+            report.write_json(flags.json_file, outcome, report.chat_rows(load.chats, load.started_s))
+        except OSError as unwritten:
+            print(f"--json_file {flags.json_file} could not be written ({unwritten.strerror}); stdout has the result", file=sys.stderr)
+            return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:

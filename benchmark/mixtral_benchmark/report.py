@@ -18,6 +18,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mixtral_benchmark.measure import PERCENTILES, Chat, Figure, e2e_s, failures, tokens_per_s, tpot_s, ttft_s
 from mixtral_benchmark.wires import ServerFacts
@@ -188,7 +189,7 @@ def failure_table(chats: Sequence[Chat]) -> Table:
     for heading in ("failure", "chats", "the first one said"):
         table.add_column(heading)
     for code, count in failures(chats).items():
-        table.add_row(code, str(count), first[code])
+        table.add_row(Text(code), str(count), Text(first[code]))  # Text: what a server says is no markup
     return table
 
 

@@ -95,6 +95,14 @@ async def test_result_says_under_which_circumstances_and_never_the_key(server: S
     assert [request["seed"] for request in server.requests] == [3, 3, 4]
 
 
+async def test_file_that_cannot_be_written_costs_the_exit_code_but_not_the_result(server: ScriptedServer, tmp_path: Path) -> None:
+    server.play = three_tokens
+    ended = await run("--api_server", server.url, "--total_requests", "2", "--json_file", str(tmp_path))
+    assert ended.code == SOME_FAILED
+    assert ended.outcome["completed"] == 2
+    assert "could not be written (Is a directory)" in ended.stderr
+
+
 async def test_native_run_verifies_every_stream_against_its_job(server: ScriptedServer) -> None:
     server.play = three_tokens
     right = {"id": "job", "model": "m", "state": "done", "created": 0, "tokens": 3, "text": "Once upon a"}

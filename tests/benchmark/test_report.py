@@ -39,6 +39,10 @@ def test_table_names_each_failure_with_its_count_and_first_sentence() -> None:
     assert "2 failed, 1 interrupted" in text
 
 
+def test_what_a_server_says_is_shown_as_it_is() -> None:
+    assert "[bold]no[/]" in shown([Chat(0, 0.0, 0.0, ended_s=1.0, failure=Failure("refused", "[bold]no[/]"))])
+
+
 def test_table_leaves_out_what_was_not_measured() -> None:
     text = shown(three_fates())
     assert "time to first token" in text
