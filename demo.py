@@ -115,7 +115,7 @@ def wait_until(what: str, ready: Callable[[], bool], process: subprocess.Popen[b
     while not ready():
         waited = time.monotonic() - began
         if process.poll() is not None:
-            raise DemoError(f"{what} ended with code {process.returncode}; the end of {log}:\n{tail(log, 15)}")
+            raise DemoError(f"{what} ended with code {process.returncode}: {last_words(log)}")
         if waited > START_LIMIT_S:
             raise DemoError(f"{what} was not ready after {START_LIMIT_S:.0f} s; the end of {log}:\n{tail(log, 15)}")
         if is_terminal:
@@ -126,6 +126,12 @@ def wait_until(what: str, ready: Callable[[], bool], process: subprocess.Popen[b
 
 def tail(log: Path, lines: int) -> str:
     return "\n".join(log.read_text(errors="replace").rstrip().splitlines()[-lines:])
+
+
+def last_words(log: Path) -> str:
+    """The sentence a component of ours ended with, else the end of its log. torchrun's own traceback comes after ours and says less."""
+    sentences = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("mixtral-")]
+    return sentences[-1] if sentences else f"the end of {log}:\n{tail(log, 15)}"
 
 
 def answers(url: str, key: str | None = None) -> bool:
@@ -164,7 +170,7 @@ def house(host: str, port: int, data_dir: Path) -> Iterator[tuple[str, dict[str,
         worker_environment = environment | {"MIXTRAL_WORKER_KEY": keys["MIXTRAL_WORKER_KEY"]}
         worker = stack.enter_context(child("worker", command, logs / "worker.log", worker_environment))
         wait_until("worker with the demo model", lambda: has_worker(url), worker, logs / "worker.log")
-        stack.enter_context(watch({"server": server, "worker": worker}))
+        stack.enter_context(watch({"server": server, "worker": worker}, logs))
         yield url, keys
 
 
@@ -173,13 +179,13 @@ def has_worker(url: str) -> bool:
 
 
 @contextmanager
-def watch(processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+def watch(processes: dict[str, subprocess.Popen[bytes]], logs: Path) -> Iterator[None]:
     """Say so at once, by SIGCHLD, when a child ends by itself."""
 
     def on_child_end(_signal: int, _frame: FrameType | None) -> None:
         for name, process in processes.items():
             if process.poll() is not None:
-                raise DemoError(f"the {name} ended with code {process.returncode}; its log is in the data folder under logs/{name}.log")
+                raise DemoError(f"the {name} ended with code {process.returncode}: {last_words(logs / f'{name}.log')}")
 
     before = signal.signal(signal.SIGCHLD, on_child_end)
     try:

@@ -478,7 +478,7 @@ class Link:
             raise _Unanswered(f"status {answer.status}: {_message(content)}", _seconds(answer.headers.get("Retry-After")))
         if 300 <= answer.status < 400:
             raise _Refused(answer.status, f"it redirects to {answer.headers.get('Location')}; give that address as --api_server")
-        if answer.status != 200:
+        if answer.status >= 400:
             raise _Refused(answer.status, _message(content))
         return content
 
