@@ -158,8 +158,8 @@ export class MixtralClient {
   stream(request: JobRequest, options?: StreamOptions): AsyncGenerator<JobEvent, void, void>;
   /** Follow a job from after an event; leaving cancels it unless `detach`. */
   follow(id: string, options?: FollowOptions): AsyncGenerator<JobEvent, void, void>;
-  /** Stop a job; a finished one stays as it is. */
-  cancel(id: string): Promise<void>;
+  /** Stop a job; a finished one stays as it is. Gives it as it stands afterwards. */
+  cancel(id: string): Promise<JobView>;
   job(id: string): Promise<JobView>;
   models(): Promise<Model[]>;
 }

@@ -130,12 +130,12 @@ export class MixtralClient {
   }
 
   /**
-   * Stop a job, waiting or running. A finished one stays as it is.
+   * Stop a job, waiting or running; a finished one stays as it is. Gives it as it stands afterwards.
    * @param {string} id
-   * @returns {Promise<void>}
+   * @returns {Promise<JobView>}
    */
-  async cancel(id) {
-    await this.#ask("DELETE", `/v1/jobs/${encodeURIComponent(id)}`);
+  cancel(id) {
+    return this.#ask("DELETE", `/v1/jobs/${encodeURIComponent(id)}`);
   }
 
   /**

@@ -149,7 +149,7 @@ async def test_cancelled_job_ends_a_stream_with_done_and_makes_chat_raise(api: S
     assert events[-1].finish == "cancelled"
     chat = asyncio.create_task(client.chat("Hello"))
     await until(lambda: world.connections == 2)
-    await client.cancel("mixtral_chat.0-2")
+    assert (await client.cancel("mixtral_chat.0-2")).state == "cancelled"
     with pytest.raises(JobStopped) as caught:
         await chat
     assert (caught.value.finish, caught.value.text) == ("cancelled", "Once")

@@ -74,7 +74,8 @@ class Job:
 
 def sse(event: dict[str, Any], event_id: str | None = None) -> bytes:
     lines = [f"event: {event['event']}"] + ([f"id: {event_id}"] if event_id is not None else [])
-    return ("\n".join([*lines, f"data: {json.dumps(event)}"]) + "\n\n").encode()
+    fields = {name: value for name, value in event.items() if name != "event"}
+    return ("\n".join([*lines, f"data: {json.dumps(fields)}"]) + "\n\n").encode()
 
 
 def id_of(text: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import uuid
@@ -179,9 +180,9 @@ class MixtralClient:
         """A job as it stands: state, place in the queue, text so far. Raises NotFound."""
         return _parse(JobView, await self._ask("GET", _job_path(job_id)))
 
-    async def cancel(self, job_id: str) -> None:
-        """Stop a job, waiting or running. A finished one stays as it is. Raises NotFound."""
-        await self._ask("DELETE", _job_path(job_id))
+    async def cancel(self, job_id: str) -> JobView:
+        """Stop a job, waiting or running; a finished one stays as it is. Gives it as it stands afterwards. Raises NotFound."""
+        return _parse(JobView, await self._ask("DELETE", _job_path(job_id)))
 
     async def models(self) -> list[ModelCard]:
         """What this service serves."""
@@ -301,11 +302,11 @@ class MixtralClient:
             self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
         url = self._servers[self._at % len(self._servers)] + path
         asked = f"{method} {url}"
+        sent = io.BytesIO(body) if body else None  # sent in pieces: a large chat must not hold up the other streams
+        headers = {"Authorization": f"Bearer {self._key}", **(headers or {})}
         try:
             async with asyncio.timeout(self._answer_timeout_s):
-                response = await self._http.request(
-                    method, url, data=body, headers={"Authorization": f"Bearer {self._key}", **(headers or {})}, allow_redirects=False
-                )
+                response = await self._http.request(method, url, data=sent, headers=headers, allow_redirects=False)
         except TimeoutError as error:
             raise ConnectionLost(f"{asked} got no answer within {self._answer_timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
