@@ -27,7 +27,7 @@ from mixtral_server.errors import (
 )
 from mixtral_server.metrics import Metrics
 from mixtral_server.routes.body import too_large
-from mixtral_server.routes.service import Service
+from mixtral_server.routes.service import IS_PREPARED, JOB_ID, REQUEST_ID, Service
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("mixtral_server.access")
@@ -47,7 +47,7 @@ def answering(service: Service) -> Middleware:
 
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request["id"] = request_id_of(request)
+        request[REQUEST_ID] = request_id_of(request)
         began = time.monotonic()
         status = 499  # the client left before there was an answer
         try:
@@ -70,8 +70,8 @@ def answering(service: Service) -> Middleware:
 def _answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
     known = as_service_error(request, error)
     if known.status >= 500 and not isinstance(error, ServiceError):
-        log.error("event=internal_error request=%s method=%s path=%s", request["id"], request.method, request.path, exc_info=error)
-    if request.get("is_prepared"):
+        log.error("event=internal_error request=%s method=%s path=%s", request[REQUEST_ID], request.method, request.path, exc_info=error)
+    if request.get(IS_PREPARED):
         # The head is out: a second one would be read as part of the body. Break off, which no reader takes for a clean end.
         if request.transport is not None:
             request.transport.abort()
@@ -115,9 +115,9 @@ async def expect(service: Service, request: web.Request) -> web.Response | None:
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    request["is_prepared"] = True
-    if "id" in request:
-        response.headers["x-request-id"] = request["id"]
+    request[IS_PREPARED] = True
+    if REQUEST_ID in request:
+        response.headers["x-request-id"] = request[REQUEST_ID]
     for name, value in HEADERS.items():
         response.headers[name] = value
     response.headers.setdefault("Cache-Control", "no-store")
@@ -135,7 +135,7 @@ def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -
     method = request.method if request.method in ("GET", "HEAD", "POST", "DELETE") else "other"
     metrics.requests.labels(method, route, str(status)).inc()
     metrics.request_seconds.labels(route).observe(seconds)
-    job = request.get("job") or request.match_info.get("id")
+    job = request.get(JOB_ID) or request.match_info.get("id")
     level = logging.DEBUG if route == "/v1/worker/turn" and status == 200 else logging.INFO
     access_log.log(
         level,
@@ -145,7 +145,7 @@ def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -
         word(request.path),
         status,
         seconds * 1000,
-        request["id"],
+        request[REQUEST_ID],
         request.remote,
     )
 

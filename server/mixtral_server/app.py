@@ -25,7 +25,7 @@ from mixtral_server.accounts import Accounts
 from mixtral_server.answers import add_headers, answering, expect
 from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, KeyRing
-from mixtral_server.database import Database, DatabaseError
+from mixtral_server.database import Database, DatabaseError, first_line
 from mixtral_server.door import connection_options, open_door
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.history import History
@@ -71,9 +71,14 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
         database = Database(settings.sql_url)
         stack.push_async_callback(database.close)
         accounts, history = Accounts(database), History(database)
-        await database.make_ready()
-        first_keys = await accounts.create_first_keys(time.time())
-        cookie_secret = await accounts.shared_secret("visitor_cookie")
+        ring = KeyRing(accounts.keys, settings, time.monotonic, DatabaseError)
+        try:
+            await database.make_ready()
+            first_keys = await accounts.create_first_keys(time.time())
+            cookie_secret = await accounts.shared_secret("visitor_cookie")
+            await ring.refresh()
+        except DatabaseError as error:
+            raise StartError(f"the database cannot be used: {first_line(error)}; see --database_url and --data_dir") from error
 
         redis = await stack.enter_async_context(
             open_redis(settings.redis_url, settings.data_path, durability=cast(Durability, settings.durability))
@@ -81,8 +86,6 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
         queue = JobQueue(redis, {endpoint.name: limits_of(endpoint) for endpoint in endpoints.values()})
         await queue.start()
         relay = await stack.enter_async_context(Relay(redis, queue))
-        ring = KeyRing(accounts.keys, settings, time.monotonic, DatabaseError)
-        await ring.refresh()
 
         group = await stack.enter_async_context(asyncio.TaskGroup())
         service = Service(

@@ -20,7 +20,7 @@ from typing import NoReturn
 from mixtral_server.accounts import Accounts, KeyNotFound
 from mixtral_server.apikeys import SCOPES, Scope
 from mixtral_server.app import Started, StartError, serve
-from mixtral_server.database import Database, DatabaseError, SchemaError
+from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
 from mixtral_server.endpoints import EndpointConfig, EndpointError, read_endpoints
 from mixtral_server.errors import ServiceError
 from mixtral_server.routes.service import Stages
@@ -53,19 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(f"mixtral-server: {error}", 2)
     _log_to_stderr(settings.log_level)
     try:
-        match flags.command:
-            case "keys":
-                asyncio.run(_keys(settings, flags))
-            case "migrate":
-                asyncio.run(_migrate(settings))
-            case _:
-                asyncio.run(_serve(settings, endpoints))
+        if flags.command is None:
+            asyncio.run(_serve(settings, endpoints))
+        else:
+            _maintain(settings, flags)
     except (StartError, SchemaError, KeyNotFound) as error:
         _end(f"mixtral-server: {error}", 1)
     except ServiceError as error:
         _end(f"mixtral-server: {error.message}", 1)
+
+
+def _maintain(settings: Settings, flags: argparse.Namespace) -> None:
+    try:
+        asyncio.run(_keys(settings, flags) if flags.command == "keys" else _migrate(settings))
     except DatabaseError as error:
-        _end(f"mixtral-server: the database cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}", 1)
+        _end(f"mixtral-server: the database cannot be used: {first_line(error)}", 1)
 
 
 def _end(sentence: str, code: int) -> NoReturn:

@@ -45,7 +45,7 @@ class Database:
         self._shown_url = make_url(url).render_as_string(hide_password=True)
         arguments: dict[str, Any] = {"timeout": timeout_s} if self.is_sqlite else {"timeout": timeout_s, "command_timeout": timeout_s}
         if self.is_sqlite and (path := make_url(url).database):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch(mode=0o600)  # it holds the secret that signs cookies; SQLite's other files take after it
         self.engine: AsyncEngine = create_async_engine(url, connect_args=arguments, pool_pre_ping=not self.is_sqlite)
         if self.is_sqlite:
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
@@ -126,3 +126,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # A writer that begins as a reader fails at once when another writer came between; IMMEDIATE waits instead.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("is_writing") else "BEGIN")
+
+
+def first_line(error: BaseException) -> str:
+    """What a driver's error says, without the statement and the links that SQLAlchemy adds."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from typing import TypeVar
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from mixtral_server.errors import BodyTooLarge, BodyTooSlow, RequestRefused, WrongContentType
 
@@ -80,8 +81,15 @@ def refusal(error: ValidationError) -> RequestRefused:
     if first["type"] == "value_error":
         sentence = first["msg"].removeprefix("Value error, ")
         return RequestRefused(f"{param}: {sentence}" if param else sentence, param=param or None)
-    rules = [re.sub(r"^\w[\w ]*? should ", "must ", one["msg"]) for one in (first, *others) if param_of(one["loc"]) == param]
+    rules = [_rule(one) for one in (first, *others) if param_of(one["loc"]) == param]
     return RequestRefused(f"{param} {' or '.join(dict.fromkeys(rules))}; got {_shown(first['input'])}", param=param)
+
+
+def _rule(problem: ErrorDetails) -> str:
+    """pydantic's sentence as ours go: `Input should be …` → `must be …`."""
+    if problem["type"] == "int_parsing_size":
+        return "must be a whole number within 64 bits"
+    return re.sub(r"^\w[\w ]*? should ", "must ", problem["msg"])
 
 
 def param_of(loc: tuple[int | str, ...]) -> str:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 MAX_IDEMPOTENCY_KEY = 255
 
+REQUEST_ID = web.RequestKey("request_id", str)
+JOB_ID = web.RequestKey("job_id", str)  # for the access log
+IS_PREPARED = web.RequestKey("is_prepared", bool)  # the answer's head is out
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -101,7 +105,7 @@ class Service:
         except asyncio.CancelledError:
             self.group.create_task(self._abandon_when_put(putting, is_keyed=key is not None))
             raise
-        request["job"] = put.job_id  # for the access log
+        request[JOB_ID] = put.job_id
         if put.created:
             self.metrics.jobs_put.labels(endpoint.name).inc()
         return put

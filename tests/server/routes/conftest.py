@@ -1,0 +1,50 @@
+"""One server with one Redis for all tests of routes; Redis is emptied before each, so that no job or rate outlives its test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+import pytest
+import redis as sync_redis
+
+from support.live_server import LiveServer
+from support.redis import RedisProcess, redis_binary
+from support.scripted_worker import ScriptedWorker
+
+
+@pytest.fixture(scope="session")
+def one_redis() -> Iterator[RedisProcess]:
+    with RedisProcess(redis_binary("6.2"), "--appendonly", "no") as server:
+        yield server
+
+
+@pytest.fixture
+def empty_redis(one_redis: RedisProcess) -> str:
+    with sync_redis.Redis(unix_socket_path=str(one_redis.socket)) as client:
+        client.flushall()
+    return one_redis.url
+
+
+@pytest.fixture(scope="session")
+def shared_server(one_redis: RedisProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with LiveServer(tmp_path_factory.mktemp("server"), one_redis.url, public_page=True, body_timeout_s=1.0) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: LiveServer, empty_redis: str) -> LiveServer:
+    return shared_server
+
+
+@pytest.fixture
+async def http(server: LiveServer) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client with the client key and the server's address."""
+    async with aiohttp.ClientSession(server.url, headers={"Authorization": f"Bearer {server.client_key}"}) as session:
+        yield session
+
+
+@pytest.fixture
+async def worker(server: LiveServer) -> AsyncIterator[ScriptedWorker]:
+    async with ScriptedWorker(server.url, server.worker_key) as worker:
+        yield worker

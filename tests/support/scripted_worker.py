@@ -1,0 +1,165 @@
+"""A worker without a model: it speaks the worker wire over HTTP and answers every job with tokens that follow from its prompt.
+
+A test decides where it pauses, how it fails and when it dies; everything else is as a real worker does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import aiohttp
+
+from mixtral_client.protocol import (
+    PROTOCOL_VERSION,
+    Frame,
+    FrameError,
+    JobSpec,
+    SessionAnswer,
+    SessionRequest,
+    TurnAnswer,
+    TurnRequest,
+    WorkerJob,
+)
+
+FULL_LENGTH = 10
+
+
+def prompt_of(spec: JobSpec) -> str:
+    if spec.messages is not None:
+        return "\n".join(f"{one.role}: {one.content}" for one in spec.messages)
+    return spec.prompt if isinstance(spec.prompt, str) else " ".join(map(str, spec.prompt or []))
+
+
+def token(prompt: str, offset: int) -> tuple[int, str]:
+    """(id, text) of the token at that offset of the answer to that prompt."""
+    number = zlib.crc32(f"{prompt}|{offset}".encode()) % 32_000
+    return number, f"w{number} "
+
+
+def text_of(prompt: str, tokens: int = FULL_LENGTH) -> str:
+    return "".join(token(prompt, offset)[1] for offset in range(1, tokens + 1))
+
+
+def answer_to(content: str, tokens: int = FULL_LENGTH) -> str:
+    """The whole answer to a chat of one user message."""
+    return text_of(f"user: {content}", tokens)
+
+
+@dataclass
+class _Running:
+    job: WorkerJob
+    produced: int
+
+
+@dataclass
+class ScriptedWorker:
+    """`async with ScriptedWorker(url, key) as worker:`
+
+    pause_after: tokens after which every job waits for worker.go; fail: how every job ends instead of with tokens; per_turn: tokens a turn.
+    """
+
+    url: str
+    key: str
+    endpoint: str = "mixtral_chat"
+    slots: int = 4
+    per_turn: int = 3
+    pause_after: int | None = None
+    fail: FrameError | None = None
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    seen: list[WorkerJob] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    session: str = ""
+
+    def __post_init__(self) -> None:
+        self._running: dict[str, _Running] = {}
+        self._turn = 0
+
+    async def __aenter__(self) -> ScriptedWorker:
+        self._http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"})
+        body = SessionRequest(
+            endpoint=self.endpoint,
+            name="scripted",
+            protocol=PROTOCOL_VERSION,
+            version="0",
+            model="none",
+            device="cpu",
+            max_slots=self.slots,
+            max_seq_len=4096,
+        )
+        self.session = SessionAnswer.model_validate(await self._post("/v1/worker/sessions", body.model_dump())).session
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.vanish()
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"}) as http:
+            async with http.delete(f"{self.url}/v1/worker/sessions/{self.session}") as answer:
+                assert answer.status in (200, 503), await answer.text()
+
+    async def vanish(self) -> None:
+        """Stop as a killed process does: no word to the server."""
+        if not self._task.done():
+            self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        await self._http.close()
+
+    async def _work(self) -> None:
+        while True:
+            self._turn += 1
+            frames = self._frames()
+            body = TurnRequest(
+                session=self.session,
+                turn=self._turn,
+                holding=[(one.job.id, one.job.attempt) for one in self._running.values()],
+                frames=frames,
+                room=self.slots - len(self._running),
+            )
+            answer = TurnAnswer.model_validate(await self._post("/v1/worker/turn", body.model_dump()))
+            for frame in frames:
+                if frame.finish or frame.error:
+                    self._running.pop(frame.job, None)
+            for drop in answer.drops:
+                self.dropped.append(drop.job)
+                self._running.pop(drop.job, None)
+            for job in answer.jobs:
+                self.seen.append(job)
+                self._running[job.id] = _Running(job, len(job.produced_ids))
+            if self._running and not frames:
+                await asyncio.sleep(0.005)  # a paused job: report now and then, as a worker in a long prefill does
+
+    def _frames(self) -> list[Frame]:
+        return [frame for one in self._running.values() if (frame := self._frame(one)) is not None]
+
+    def _frame(self, one: _Running) -> Frame | None:
+        job = one.job
+        if self.fail is not None:
+            return Frame(job=job.id, attempt=job.attempt, offset=one.produced + 1, error=self.fail)
+        whole = min(job.spec.max_tokens, FULL_LENGTH)
+        upto = min(one.produced + self.per_turn, whole)
+        if self.pause_after is not None and not self.go.is_set():
+            upto = min(upto, self.pause_after)
+        offsets = range(one.produced + 1, upto + 1)
+        if not offsets and upto < whole:
+            return None
+        tokens = [token(prompt_of(job.spec), offset) for offset in offsets]
+        first, one.produced = one.produced + 1, upto
+        finish = None if upto < whole else "length" if job.spec.max_tokens <= FULL_LENGTH else "stop"
+        return Frame(
+            job=job.id,
+            attempt=job.attempt,
+            offset=first,
+            ids=[number for number, _ in tokens],
+            texts=[text for _, text in tokens],
+            finish=finish,
+            prompt_tokens=len(prompt_of(job.spec).split()),
+        )
+
+    async def _post(self, path: str, body: dict[str, object]) -> object:
+        async with self._http.post(self.url + path, json=body) as answer:
+            assert answer.status in (200, 201), f"{path}: {answer.status} {await answer.text()}"
+            return await answer.json()
