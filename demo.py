@@ -226,7 +226,8 @@ def main() -> int:
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data", help="keys, chats and logs (%(default)s)")
     parser.add_argument("--then", metavar="COMMAND", help="run this command with --api_server and a client key, then end")
     flags = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with SIGINT ignored
+        signal.signal(ending, _stop)
     try:
         with house(flags.host, flags.port or free_port(flags.host), flags.data_dir.resolve()) as (url, keys):
             if flags.then:
