@@ -191,8 +191,9 @@ class _Template:
 
 def _encode(tokenizer: Tokenizer, text: str, leading_blank: bool = True) -> list[int]:
     try:
-        return tokenizer.encode(text, leading_blank)
+        text.encode()
     except UnicodeEncodeError as error:
         raise PromptRefused(
             "text_not_unicode", f"character {error.start + 1} of a message is half a surrogate pair; send whole characters"
         ) from error
+    return tokenizer.encode(text, leading_blank)
