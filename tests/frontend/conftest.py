@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from mixtral_client.protocol import PROTOCOL_VERSION
 from support.chromium import launch_options
@@ -215,22 +215,24 @@ def browser() -> Iterator[Browser]:
 def open_page(browser: Browser, house: House) -> Iterator[Callable[..., Page]]:
     """Open the page as a new visitor. A breach of the content policy, or an error of a script, fails the test that saw it."""
     complaints: list[str] = []
-    pages: list[Page] = []
+    contexts: list[BrowserContext] = []
 
-    def open_new(house: House = house, **context: Any) -> Page:
-        page = browser.new_context(**context).new_page()
-        pages.append(page)
-        page.set_default_timeout(10_000)
-        page.add_init_script(REPORT_BREACHES)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if is_complaint(message.text) else None)
+    def open_new(house: House = house, **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.add_init_script(REPORT_BREACHES)
+        context.on("weberror", lambda error: complaints.append(str(error.error)))
+        context.on("console", lambda message: complaints.append(message.text) if is_complaint(message.text) else None)
+        page = context.new_page()
         page.goto(house.url)
         return page
 
     yield open_new
-    for page in pages:
-        leave_no_job(page)
-        page.context.close()
+    for context in contexts:
+        for page in context.pages:
+            leave_no_job(page)
+        context.close()
     assert complaints == []
 
 

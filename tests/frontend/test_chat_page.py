@@ -190,8 +190,9 @@ def test_stop_keeps_the_partial_answer_and_cancels_the_job(page: Page, worker: A
     expect(message_field(page)).to_be_focused()
 
 
-def test_place_in_the_queue_is_shown_while_no_worker_is_there(open_page: Callable[..., Page], join: Callable[..., Any]) -> None:
-    first, second = open_page(), open_page()
+def test_place_in_the_queue_is_shown_while_no_worker_is_there(page: Page, join: Callable[..., Any], house: Any) -> None:
+    first, second = page, page.context.new_page()  # two tabs of one visitor, whose chats are served in order
+    second.goto(house.url)
     ask(first, "one")
     expect(answers(first)).to_contain_text("next in the queue")
     ask(second, "two")
