@@ -189,14 +189,16 @@ export class MixtralClient {
    * Ask until answered, as long as the patience for plain requests lasts. Every request of ours may be repeated safely.
    * @param {string} method
    * @param {string} path
-   * @param {{body?: string, headers?: Record<string, string>, signal?: AbortSignal, giveUpAfterMs?: number}} [options]
+   * @param {{body?: string, headers?: Record<string, string>, signal?: AbortSignal, giveUpAfterMs?: number,
+   *   answerMs?: number}} [options]
    * @returns {Promise<any>}
    */
-  async #ask(method, path, { body, headers, signal, giveUpAfterMs = this.#patience.giveUpAfterMs } = {}) {
+  async #ask(method, path, options = {}) {
+    const { body, headers, signal, giveUpAfterMs, answerMs } = { ...this.#patience, ...options };
     const patience = new Patience(this.#patience, giveUpAfterMs);
     for (;;) {
       // The caller's signal ends the tries, not the try: a request under way may have made its job already.
-      const watch = new Watch(this.#patience.answerMs);
+      const watch = new Watch(answerMs);
       const at = this.#at;
       try {
         const response = await this.#send(method, path, { body, headers, signal: watch.signal });
@@ -257,7 +259,7 @@ export class MixtralClient {
    */
   async #goodbye(id) {
     try {
-      await this.#ask("DELETE", `/v1/jobs/${encodeURIComponent(id)}`, { giveUpAfterMs: GOODBYE_MS });
+      await this.#ask("DELETE", `/v1/jobs/${encodeURIComponent(id)}`, { giveUpAfterMs: GOODBYE_MS, answerMs: GOODBYE_MS });
     } catch (error) {
       if (!(error instanceof MixtralError)) throw error;
       console.warn(`job=${id} could not be cancelled: ${error.message}`);

@@ -215,7 +215,7 @@ async def test_id_that_is_none_is_refused_with_the_form_expected(api: ScriptedAp
 async def test_silent_connection_is_replaced(api: ScriptedApi, connect: Connect) -> None:
     world = api.script(logs=[TEXTS], cuts=[Cut(at=250, how="silence")])
     assert_whole(await read(connect(world.url, silence_timeout_s=0.05).stream("Hello")), TEXTS)
-    assert world.connections == 2
+    assert world.connections >= 2
 
 
 async def test_skipped_offset_is_fetched_by_a_new_connection(api: ScriptedApi, connect: Connect) -> None:
