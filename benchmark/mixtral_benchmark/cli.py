@@ -20,9 +20,9 @@ from rich.console import Console
 from yarl import URL
 
 from mixtral_benchmark import report
-from mixtral_benchmark.load import Load, MonotonicClock, Plan, Watcher
+from mixtral_benchmark.load import Load, MonotonicClock, Plan
 from mixtral_benchmark.measure import figures
-from mixtral_benchmark.progress import shown
+from mixtral_benchmark.progress import Shown, note_silence, shown
 from mixtral_benchmark.prompts import START_PROMPT, asks
 from mixtral_benchmark.wires import CONNECT_TIMEOUT_S, NativeWire, OpenAIWire, ServerFacts, Target, Wire, ask_server, open_http
 from mixtral_client.errors import MixtralError, NotAllowed, NotAuthenticated
@@ -255,7 +255,7 @@ class Run:
             return
         with shown("warm-up", self._flags.warmup_requests, self._clock.now, self._console) as watcher:
             load = self._load(http, watcher, replace(self._flags, total_requests=self._flags.warmup_requests, request_rate=None))
-            await load.run()
+            await self._run(load, watcher)
         failed = next((chat.failure for chat in load.chats if chat.failure), None)
         if failed:
             raise NotRun(f"a warm-up chat failed, so the load was not sent: {failed.code}: {failed.message}")
@@ -265,11 +265,17 @@ class Run:
         with shown("chats", self._flags.total_requests, self._clock.now, self._console) as watcher:
             self.load = load = self._load(http, watcher, self._flags)
             try:
-                await load.run()
+                await self._run(load, watcher)
             finally:
                 self.cpu_share = (time.process_time() - cpu_s) / max(load.ended_s - load.started_s, 1e-9)
 
-    def _load(self, http: aiohttp.ClientSession, watcher: Watcher, flags: Flags) -> Load:
+    async def _run(self, load: Load, watcher: Shown) -> None:
+        async with asyncio.TaskGroup() as beside:
+            silence = beside.create_task(note_silence(watcher, self._clock))
+            await load.run()
+            silence.cancel()
+
+    def _load(self, http: aiohttp.ClientSession, watcher: Shown, flags: Flags) -> Load:
         wire: Wire
         if flags.api == "native":
             wire = NativeWire(http, self._target, self._clock.now, watcher.arrived, verify=flags.verify)

@@ -7,14 +7,17 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixtral_benchmark.load import Load, poisson_arrivals_s
 from mixtral_benchmark.measure import figures
 from support.scripted_server import Stage, chunk, openai_end, token
 
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+
+@UNTIMED
 @given(st.integers(1, 200), st.floats(0.01, 1000), st.integers(0, 2**32))
 def test_poisson_arrivals_begin_at_0_ascend_and_repeat_with_their_seed(count: int, rate_per_s: float, seed: int) -> None:
     moments_s = poisson_arrivals_s(count, rate_per_s, seed)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixtral_benchmark.measure import (
@@ -32,6 +32,9 @@ from mixtral_benchmark.measure import (
     tpot_s,
     ttft_s,
 )
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 # Quarters are exact in binary, so that sums and differences of times are too.
 MOMENTS = st.integers(0, 4000).map(lambda quarters: quarters / 4)
@@ -79,17 +82,20 @@ def story(arrivals: list[tuple[float, int]], sent_s: float = 0.0, ended_s: float
     return chat
 
 
+@UNTIMED
 @given(VALUES.filter(lambda values: len(values) > 1), st.integers(1, 99))
 def test_percentile_is_the_inclusive_quantile_of_the_standard_library(ordered: list[float], percent: int) -> None:
     assert percentile(ordered, percent) == pytest.approx(statistics.quantiles(ordered, n=100, method="inclusive")[percent - 1])
 
 
+@UNTIMED
 @given(VALUES, st.floats(0, 100), st.floats(0, 100))
 def test_percentile_never_falls_as_the_percent_rises_and_stays_within_the_values(ordered: list[float], one: float, other: float) -> None:
     low, high = sorted((one, other))
     assert ordered[0] <= percentile(ordered, low) <= percentile(ordered, high) * (1 + 1e-12) <= ordered[-1] * (1 + 1e-12)
 
 
+@UNTIMED
 @given(VALUES)
 def test_percentiles_0_50_and_100_are_minimum_median_and_maximum(ordered: list[float]) -> None:
     assert percentile(ordered, 0) == ordered[0]
@@ -102,6 +108,7 @@ def test_percentile_of_nothing_is_refused() -> None:
         percentile([], 50)
 
 
+@UNTIMED
 @given(VALUES)
 def test_distribution_agrees_with_the_standard_library(values: list[float]) -> None:
     spread = distribution([None, *values, None])
@@ -116,6 +123,7 @@ def test_distribution_of_nothing_is_none() -> None:
     assert distribution([None, None]) is None
 
 
+@UNTIMED
 @given(arrival_lists(min_size=1))
 def test_token_gaps_are_one_fewer_than_the_tokens_and_add_up_to_first_to_last(arrivals: list[Arrival]) -> None:
     gaps = token_gaps_s(arrivals)
@@ -124,6 +132,7 @@ def test_token_gaps_are_one_fewer_than_the_tokens_and_add_up_to_first_to_last(ar
     assert sum(gaps) == arrivals[-1].at_s - arrivals[0].at_s
 
 
+@UNTIMED
 @given(arrival_lists(min_size=1))
 def test_frames_keep_every_token_and_each_has_a_moment_of_its_own(arrivals: list[Arrival]) -> None:
     joined = frames(arrivals)
@@ -132,6 +141,7 @@ def test_frames_keep_every_token_and_each_has_a_moment_of_its_own(arrivals: list
     assert all(gap > 0 for gap in frame_gaps_s(arrivals))
 
 
+@UNTIMED
 @given(arrival_lists(min_size=1), MOMENTS)
 def test_tpot_times_the_later_tokens_is_first_to_last(arrivals: list[Arrival], ttft: float) -> None:
     chat = Chat(0, 0.0, arrivals[0].at_s - ttft, arrivals)
@@ -150,6 +160,7 @@ def test_chat_speed_is_one_over_tpot_and_none_when_all_tokens_came_at_once() -> 
     assert tokens_per_s(story([(1.0, 1)])) is None
 
 
+@UNTIMED
 @given(chats())
 def test_latency_from_the_plan_is_that_from_the_send_plus_the_delay_of_the_send(chat: Chat) -> None:
     late = chat.sent_s - chat.scheduled_s
@@ -168,12 +179,14 @@ def test_tokens_are_counted_by_offset_then_usage_then_events() -> None:
     assert (chat.tokens, chat.token_source) == (8, "offsets")
 
 
+@UNTIMED
 @given(SPANS)
 def test_peak_overlap_is_the_most_spans_that_cover_one_instant(spans: list[tuple[float, float]]) -> None:
     instants = [tick + 0.5 for tick in range(45)]
     assert peak_overlap(spans) == max(sum(start < instant < end for start, end in spans) for instant in instants)
 
 
+@UNTIMED
 @given(SPANS)
 def test_steady_window_runs_from_the_first_to_the_last_instant_near_the_peak(spans: list[tuple[float, float]]) -> None:
     instants = [tick + 0.5 for tick in range(45)]
@@ -181,6 +194,7 @@ def test_steady_window_runs_from_the_first_to_the_last_instant_near_the_peak(spa
     assert steady_window(spans) == ((full[0] - 0.5, full[-1] + 0.5) if full else None)
 
 
+@UNTIMED
 @given(st.integers(1, 8), st.integers(2, 40))
 def test_steady_throughput_of_streams_of_constant_speed_is_their_joint_speed(streams: int, tokens: int) -> None:
     run = [story([(1 + i / 4, 1) for i in range(tokens)]) for _ in range(streams)]
@@ -195,12 +209,14 @@ def test_steady_throughput_leaves_ramp_up_and_ramp_down_out() -> None:
     assert steady_throughput([lonely_start, *both, lonely_end]) == (2.0, (10 + 10 + 1) / 2)
 
 
+@UNTIMED
 @given(RUNS)
 def test_every_chat_is_completed_failed_or_interrupted(run: list[Chat]) -> None:
     found = figures(run, *whole_run(run))
     assert found["completed"] + found["failed"] + found["interrupted"] == len(run)  # type: ignore[operator]
 
 
+@UNTIMED
 @given(RUNS)
 def test_throughputs_times_the_duration_are_the_totals(run: list[Chat]) -> None:
     start, end = whole_run(run)
@@ -214,6 +230,7 @@ def test_throughputs_times_the_duration_are_the_totals(run: list[Chat]) -> None:
         assert (found[rate] or 0) * (end - start) == pytest.approx(total)
 
 
+@UNTIMED
 @given(RUNS)
 def test_failed_and_interrupted_chats_add_nothing_to_totals_or_latencies(run: list[Chat]) -> None:
     start, end = whole_run(run)
@@ -224,6 +241,7 @@ def test_failed_and_interrupted_chats_add_nothing_to_totals_or_latencies(run: li
     }
 
 
+@UNTIMED
 @given(RUNS)
 def test_percentiles_of_every_latency_are_in_order(run: list[Chat]) -> None:
     found = figures(run, *whole_run(run))
@@ -234,6 +252,7 @@ def test_percentiles_of_every_latency_are_in_order(run: list[Chat]) -> None:
         assert known == sorted(known)
 
 
+@UNTIMED
 @given(RUNS)
 def test_figures_are_json_without_nan(run: list[Chat]) -> None:
     json.dumps(figures(run, *whole_run(run)), allow_nan=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixtral_benchmark.verify import Transcript
 from mixtral_client.protocol import JobView
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 LOGS = st.lists(st.text(max_size=3), max_size=12)
 
@@ -24,11 +27,13 @@ def heard(texts: list[str]) -> Transcript:
     return transcript
 
 
+@UNTIMED
 @given(LOGS)
 def test_stream_that_says_the_log_passes(texts: list[str]) -> None:
     assert heard(texts).compare(view(texts), usage_tokens=len(texts)) is None
 
 
+@UNTIMED
 @given(LOGS, LOGS, st.data())
 def test_stream_that_was_rewound_and_went_on_otherwise_passes(lost: list[str], anew: list[str], data: st.DataObject) -> None:
     to = data.draw(st.integers(0, len(lost)))
@@ -40,6 +45,7 @@ def test_stream_that_was_rewound_and_went_on_otherwise_passes(lost: list[str], a
     assert transcript.compare(view(said), usage_tokens=len(said)) is None
 
 
+@UNTIMED
 @given(LOGS.filter(bool), st.integers(-3, 20))
 def test_only_the_next_offset_is_taken(texts: list[str], offset: int) -> None:
     transcript = heard(texts)
@@ -51,6 +57,7 @@ def test_only_the_next_offset_is_taken(texts: list[str], offset: int) -> None:
         assert failure.code == ("stream_repeat" if offset <= len(texts) else "stream_gap")
 
 
+@UNTIMED
 @given(LOGS, st.integers(-3, 20).filter(lambda to: to != 0))
 def test_rewind_beyond_what_was_said_is_a_gap(texts: list[str], to: int) -> None:
     failure = heard(texts).rewind(to)
