@@ -89,7 +89,7 @@ def as_service_error(request: web.Request, error: Exception) -> ServiceError:
         return MethodNotAllowed(f"{request.path[:100]} takes {allowed}; got {request.method[:20]}")
     if isinstance(error, web.HTTPException) and error.status < 500:
         return RequestRefused(f"the request cannot be read: {error.reason}")
-    return ServiceError(f"the server failed at this request; its log has the trace under request id {request['id']}")
+    return ServiceError(f"the server failed at this request; its log has the trace under request id {request[REQUEST_ID]}")
 
 
 def error_response(error: ServiceError) -> web.Response:

@@ -14,7 +14,7 @@ PATIENCE_S = 20.0
 async def until(is_so: Callable[[], bool]) -> None:
     """Raises TimeoutError when it does not become so."""
     async with asyncio.timeout(PATIENCE_S):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110 - what is waited for happens in another thread or process
             await asyncio.sleep(0.01)
 
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
+import aiohttp
+
+from mixtral_server.accounts import Accounts
+from mixtral_server.apikeys import Scope, prefix_of
 from mixtral_server.app import Started, serve
+from mixtral_server.database import Database
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.routes.service import Stages
 from mixtral_server.settings import Settings, replace
+
+T = TypeVar("T")
 
 START_LIMIT_S = 60.0
 QUICK = {"port": 0, "client_grace_s": 0.0, "ready_delay_s": 0.0, "shutdown_grace_s": 0.2, "worker_poll_s": 5.0, "max_connections": 500}
@@ -61,6 +71,27 @@ class LiveServer:
     @property
     def admin_key(self) -> str:
         return self._first_key("admin")
+
+    def http(self) -> aiohttp.ClientSession:
+        """A client with the client key and the server's address."""
+        return aiohttp.ClientSession(self.url, headers={"Authorization": f"Bearer {self.client_key}"})
+
+    async def new_key(self, *scopes: Scope, user: str = "someone", endpoints: Sequence[str] = ()) -> str:
+        """As `mixtral-server keys create` makes it."""
+        return await self._with_accounts(
+            lambda accounts: accounts.create_key(user=user, name=f"{user}'s", scopes=scopes, endpoints=endpoints, now_s=time.time())
+        )
+
+    async def revoke_key(self, key: str) -> None:
+        """As `mixtral-server keys revoke` does it."""
+        await self._with_accounts(lambda accounts: accounts.revoke_key(prefix_of(key), time.time()))
+
+    async def _with_accounts(self, act: Callable[[Accounts], Awaitable[T]]) -> T:
+        database = Database(self.settings.sql_url)
+        try:
+            return await act(Accounts(database))
+        finally:
+            await database.close()
 
     def leave(self) -> None:
         """What SIGTERM does."""

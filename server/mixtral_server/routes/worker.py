@@ -39,7 +39,7 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
         request, TurnRequest, limit_bytes=service.settings.worker_body_limit_bytes, timeout_s=service.settings.body_timeout_s
     )
     shard = shard_of(wanted.session)
-    if shard is None:
+    if shard is None or shard.endpoint not in service.endpoints:
         raise SessionLapsed(f"there is no session {wanted.session[:100]!r}; log in anew")
     clock = asyncio.get_running_loop().time
     until = clock() + service.settings.worker_poll_s

@@ -13,8 +13,8 @@ import pytest
 
 from mixtral_client.protocol import ChatCompletionChunk, Completion, FrameError
 from mixtral_server.endpoints import EndpointConfig
-from support.live_server import LiveServer
 from support.http import PATIENCE_S, state_of, until
+from support.live_server import LiveServer
 from support.scripted_worker import ScriptedWorker, answer_to, text_of
 
 
@@ -156,34 +156,37 @@ async def test_completion_stream_chunks_are_of_the_wire(http: aiohttp.ClientSess
 
 
 async def test_stream_broken_midway_ends_with_error_object_and_no_done(server: LiveServer, http: aiohttp.ClientSession) -> None:
-    async with ScriptedWorker(server.url, server.worker_key, pause_after=2) as worker:
-        async with http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
-            await answer.content.readuntil(b"\n\n")
-            worker.fail = FrameError(code="engine_failed", message="the engine met NaN")
-            events = await events_of(answer)
+    async with (
+        ScriptedWorker(server.url, server.worker_key, pause_after=2) as worker,
+        http.post("/v1/chat/completions", json=chat(stream=True)) as answer,
+    ):
+        await answer.content.readuntil(b"\n\n")
+        worker.fail = FrameError(code="engine_failed", message="the engine met NaN")
+        events = await events_of(answer)
     error = json.loads(events[-1][1])["error"]
     assert (error["code"], error["message"]) == ("engine_failed", "the engine met NaN")
     assert "[DONE]" not in [data for _, data in events]
 
 
 async def test_cancelled_job_ends_its_stream_with_error_object(server: LiveServer, http: aiohttp.ClientSession) -> None:
-    async with ScriptedWorker(server.url, server.worker_key, pause_after=1):
-        async with http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
-            first = await answer.content.readuntil(b"\n\n")
-            job_id = json.loads(first.split(b"data: ")[1])["id"].removeprefix("chatcmpl-")
-            async with http.delete(f"/v1/jobs/{job_id}") as cancelled:
-                assert cancelled.status == 200
-            events = await events_of(answer)
+    async with (
+        ScriptedWorker(server.url, server.worker_key, pause_after=1),
+        http.post("/v1/chat/completions", json=chat(stream=True)) as answer,
+    ):
+        first = await answer.content.readuntil(b"\n\n")
+        job_id = json.loads(first.split(b"data: ")[1])["id"].removeprefix("chatcmpl-")
+        async with http.delete(f"/v1/jobs/{job_id}") as cancelled:
+            assert cancelled.status == 200
+        events = await events_of(answer)
     assert json.loads(events[-1][1])["error"]["code"] == "cancelled"
 
 
 async def test_stream_that_waits_sends_comments(empty_redis: str, tmp_path: Any) -> None:
     with LiveServer(tmp_path, empty_redis, head_hold_s=0.05, ping_s=0.05) as server:
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {server.client_key}"}) as http:
-            async with http.post(f"{server.url}/v1/chat/completions", json=chat(stream=True)) as answer:
-                assert answer.status == 200
-                assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
-                assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
+        async with server.http() as http, http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
+            assert answer.status == 200
+            assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
+            assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
 
 
 # ---------------------------------------------------------------------------------------------- clients that leave
@@ -209,13 +212,12 @@ async def test_job_of_a_waiting_call_whose_client_left_is_cancelled(server: Live
 
 async def test_client_gone_within_grace_leaves_the_job_running(empty_redis: str, tmp_path: Any) -> None:
     with LiveServer(tmp_path, empty_redis, client_grace_s=600.0) as server:
-        async with aiohttp.ClientSession(server.url, headers={"Authorization": f"Bearer {server.client_key}"}) as http:
-            async with ScriptedWorker(server.url, server.worker_key, pause_after=2) as worker:
-                async with http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
-                    await answer.content.readuntil(b"\n\n")
-                    answer.close()
-                worker.go.set()
-                assert (await state_of(http, worker.seen[0].id, "cancelled", "done"))["state"] == "done"
+        async with server.http() as http, ScriptedWorker(server.url, server.worker_key, pause_after=2) as worker:
+            async with http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
+                await answer.content.readuntil(b"\n\n")
+                answer.close()
+            worker.go.set()
+            assert (await state_of(http, worker.seen[0].id, "cancelled", "done"))["state"] == "done"
 
 
 # ---------------------------------------------------------------------------------------------- idempotency
@@ -332,7 +334,7 @@ async def test_leading_system_and_developer_messages_and_a_last_assistant_messag
 
 async def test_full_queue_is_answered_429_with_retry_after(empty_redis: str, tmp_path: Any) -> None:
     with LiveServer(tmp_path, empty_redis, EndpointConfig(name="mixtral_chat", max_waiting=1)) as server:
-        async with aiohttp.ClientSession(server.url, headers={"Authorization": f"Bearer {server.client_key}"}) as http:
+        async with server.http() as http:
             async with http.post("/v1/jobs", json=chat()) as first:
                 assert first.status == 202
             async with http.post("/v1/chat/completions", json=chat()) as answer:

@@ -1,4 +1,7 @@
-"""One server with one Redis for all tests of routes; Redis is emptied before each, so that no job or rate outlives its test."""
+"""Fixtures: one server with one Redis for all tests over HTTP; Redis is emptied before each, so that no job or rate outlives its test.
+
+tests/server/conftest.py takes them in.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,7 @@ def server(shared_server: LiveServer, empty_redis: str) -> LiveServer:
 
 @pytest.fixture
 async def http(server: LiveServer) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client with the client key and the server's address."""
-    async with aiohttp.ClientSession(server.url, headers={"Authorization": f"Bearer {server.client_key}"}) as session:
+    async with server.http() as session:
         yield session
 
 

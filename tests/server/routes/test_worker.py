@@ -1,0 +1,167 @@
+"""The worker wire over HTTP: log in, turn, log out, and who may."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mixtral_client.protocol import PROTOCOL_VERSION, TurnAnswer
+from mixtral_server.endpoints import EndpointConfig
+from support.http import state_of
+from support.live_server import LiveServer
+
+LOGIN: dict[str, Any] = {
+    "endpoint": "mixtral_chat",
+    "name": "box",
+    "protocol": PROTOCOL_VERSION,
+    "version": "1",
+    "model": "m",
+    "device": "cpu",
+    "max_slots": 4,
+    "max_seq_len": 4096,
+}
+CHAT = {"model": "mixtral_chat", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture
+def as_worker(server: LiveServer) -> dict[str, str]:
+    return {"Authorization": f"Bearer {server.worker_key}"}
+
+
+async def login(http: aiohttp.ClientSession, headers: dict[str, str], **more: Any) -> str:
+    async with http.post("/v1/worker/sessions", json=LOGIN | more, headers=headers) as answer:
+        assert answer.status == 201, await answer.text()
+        body = await answer.json()
+    assert (body["lease_s"], body["report_interval_ms"]) == (10.0, 20)
+    return str(body["session"])
+
+
+async def turn(http: aiohttp.ClientSession, headers: dict[str, str], **body: Any) -> TurnAnswer:
+    async with http.post("/v1/worker/turn", json=body, headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        return TurnAnswer.model_validate(await answer.json())
+
+
+async def test_idle_turn_waits_and_gets_the_job_when_it_comes(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    session = await login(http, as_worker)
+    waiting = asyncio.create_task(turn(http, as_worker, session=session, turn=1, room=4))
+    async with http.get("/readyz?workers=1") as ready:  # the turn is on its way once this was answered
+        assert ready.status == 200
+    assert not waiting.done()
+    async with http.post("/v1/jobs", json=CHAT) as answer:
+        job_id = (await answer.json())["id"]
+    assert [job.id for job in (await waiting).jobs] == [job_id]
+
+
+async def test_idle_turn_without_work_is_answered_empty_after_worker_poll_s(empty_redis: str, tmp_path: Any) -> None:
+    with LiveServer(tmp_path, empty_redis, worker_poll_s=0.1, worker_claim_s=0.05) as server:
+        headers = {"Authorization": f"Bearer {server.worker_key}"}
+        async with server.http() as http:
+            session = await login(http, headers)
+            began = time.monotonic()
+            answer = await turn(http, headers, session=session, turn=1, room=4)
+    assert time.monotonic() - began >= 0.1
+    assert (answer.jobs, answer.drops, answer.drain) == ([], [], False)
+
+
+async def test_waiting_turn_renews_the_lease(empty_redis: str, tmp_path: Any) -> None:
+    """A turn that waits for more than two leases, claiming four times in each, is still alive afterwards."""
+    endpoint = EndpointConfig(name="mixtral_chat", lease_s=1.0)
+    with LiveServer(tmp_path, empty_redis, endpoint, worker_poll_s=2.2, worker_claim_s=0.25) as server:
+        headers = {"Authorization": f"Bearer {server.worker_key}"}
+        async with server.http() as http:
+            async with http.post("/v1/worker/sessions", json=LOGIN, headers=headers) as answer:
+                session = (await answer.json())["session"]
+            await turn(http, headers, session=session, turn=1, room=4)
+            assert (await turn(http, headers, session=session, turn=2, room=4, holding=[["mixtral_chat.0-" + "0" * 32, 1]])).turn == 2
+
+
+async def test_turn_with_work_running_is_answered_at_once(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    session = await login(http, as_worker)
+    async with http.post("/v1/jobs", json=CHAT):
+        pass
+    (job,) = (await turn(http, as_worker, session=session, turn=1, room=1)).jobs
+    frame = {"job": job.id, "attempt": job.attempt, "offset": 1, "ids": [5], "texts": ["a"]}
+    answer = await turn(http, as_worker, session=session, turn=2, holding=[[job.id, job.attempt]], frames=[frame])
+    assert (answer.turn, answer.jobs, answer.expect) == (2, [], [])
+    assert (await state_of(http, job.id, "streaming"))["text"] == "a"
+
+
+async def test_offset_beyond_the_log_is_answered_with_the_one_expected(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    session = await login(http, as_worker)
+    async with http.post("/v1/jobs", json=CHAT):
+        pass
+    (job,) = (await turn(http, as_worker, session=session, turn=1, room=1)).jobs
+    frame = {"job": job.id, "attempt": job.attempt, "offset": 5, "ids": [5], "texts": ["a"]}
+    answer = await turn(http, as_worker, session=session, turn=2, holding=[[job.id, job.attempt]], frames=[frame])
+    assert [(one.job, one.offset) for one in answer.expect] == [(job.id, 1)]
+
+
+async def test_logout_hands_every_job_back_at_once_and_ends_the_session(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    session = await login(http, as_worker)
+    async with http.post("/v1/jobs", json=CHAT):
+        pass
+    (job,) = (await turn(http, as_worker, session=session, turn=1, room=1)).jobs
+    for released in (1, 0):
+        async with http.delete(f"/v1/worker/sessions/{session}", headers=as_worker) as answer:
+            assert (answer.status, await answer.json()) == (200, {"released": released})
+    assert (await state_of(http, job.id, "waiting"))["position"] == 1
+    async with http.post("/v1/worker/turn", json={"session": session, "turn": 2}, headers=as_worker) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (410, "session_lapsed")
+
+
+@pytest.mark.parametrize("session", ["nonsense", "mixtral_chat.0-" + "0" * 32, "other.0-" + "0" * 32, ""])
+async def test_turn_of_an_unknown_session_is_told_to_log_in_anew(
+    http: aiohttp.ClientSession, as_worker: dict[str, str], session: str
+) -> None:
+    async with http.post("/v1/worker/turn", json={"session": session, "turn": 1}, headers=as_worker) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (410, "session_lapsed")
+
+
+async def test_unknown_endpoint_and_too_old_protocol_are_refused(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    async with http.post("/v1/worker/sessions", json=LOGIN | {"endpoint": "other"}, headers=as_worker) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
+    async with http.post("/v1/worker/sessions", json=LOGIN | {"protocol": 0}, headers=as_worker) as answer:
+        assert answer.status == 400
+        assert "speaks worker protocol 1 to 1; the worker speaks 0: update it" in (await answer.json())["error"]["message"]
+
+
+async def test_newer_workers_unknown_fields_are_ignored(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
+    await login(http, as_worker, protocol=PROTOCOL_VERSION + 1, news="x")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"job": "x", "attempt": 1, "offset": 0},
+        {"job": "x", "attempt": 1, "offset": 1, "ids": [1], "texts": []},
+        {"job": "x", "attempt": 1, "offset": 1, "ids": [2**31], "texts": ["a"]},
+        {"job": "x", "attempt": 1, "offset": 1, "ids": [0] * 65_537, "texts": ["a"] * 65_537},
+        {"job": "x", "attempt": 1, "offset": 1, "finish": "stop", "release": True},
+    ],
+    ids=["offset 0", "texts short", "id too large", "too many", "two ends"],
+)
+async def test_wrong_frame_is_refused_and_touches_no_job(
+    http: aiohttp.ClientSession, as_worker: dict[str, str], frame: dict[str, Any]
+) -> None:
+    session = await login(http, as_worker)
+    async with http.post("/v1/worker/turn", json={"session": session, "turn": 1, "frames": [frame]}, headers=as_worker) as answer:
+        assert answer.status == 400
+        assert "frames[0]" in (await answer.json())["error"]["message"]
+
+
+async def test_client_key_opens_no_worker_route_and_sees_no_job(http: aiohttp.ClientSession) -> None:
+    async with http.post("/v1/jobs", json=CHAT | {"messages": [{"role": "user", "content": "secret words"}]}):
+        pass
+    for method, path, body in (
+        ("POST", "/v1/worker/sessions", LOGIN),
+        ("POST", "/v1/worker/turn", {"session": "x", "turn": 1}),
+        ("DELETE", "/v1/worker/sessions/x", None),
+    ):
+        async with http.request(method, path, json=body) as answer:
+            assert answer.status == 403
+            assert "secret" not in await answer.text()
