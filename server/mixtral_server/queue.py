@@ -93,6 +93,13 @@ _SCRIPTS = {
 
 _AWAY = ("OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
 """Words in Redis's answers that mean: not now. All others are mistakes of ours."""
+_WORD_OF: Mapping[type[Exception], str] = {
+    redis_errors.OutOfMemoryError: "OOM",
+    redis_errors.ReadOnlyError: "READONLY",
+    redis_errors.MasterDownError: "MASTERDOWN",
+    redis_errors.ClusterDownError: "CLUSTERDOWN",
+    redis_errors.TryAgainError: "TRYAGAIN",
+}
 
 
 @dataclass(frozen=True)
@@ -505,7 +512,8 @@ def redis_answers() -> Iterator[None]:
     except (redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
         raise RedisUnavailable(f"the queue's Redis does not answer ({type(error).__name__}); try again", retry_after_s=1.0) from error
     except redis_errors.ResponseError as error:
-        word = next((word for word in _AWAY if word in str(error)), None)
+        said = f"{_WORD_OF.get(type(error), '')} {error}"  # the client takes away the word that it made a class of
+        word = next((word for word in _AWAY if word in said), None)
         if word is None:
             raise
         raise RedisUnavailable(f"the queue's Redis takes no writes now ({word}); try again", retry_after_s=5.0) from error

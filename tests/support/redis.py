@@ -69,8 +69,11 @@ class RedisProcess:
                         raise
                     time.sleep(0.01)
 
+    def crash(self) -> None:
+        """kill -9; start() brings back what its log holds."""
+        self.stop(signal.SIGKILL)
+
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
-        """End it: SIGKILL for a crash."""
         if self._process is None:
             return
         self._process.send_signal(by)
