@@ -1,7 +1,7 @@
 """A program for torchrun: what the ranks of one worker compute together. The tests read what rank 0 saves.
 
-torchrun --nproc_per_node 2 tests/support/two_ranks.py compute CHECKPOINTS OUT
-torchrun --nproc_per_node 2 tests/support/two_ranks.py fail CHECKPOINTS OUT      rank 1 breaks in its third step
+torchrun --nproc_per_node 2 -m support.two_ranks compute CHECKPOINTS OUT
+torchrun --nproc_per_node 2 -m support.two_ranks fail CHECKPOINTS OUT      rank 1 breaks in its third step
 """
 
 import sys

@@ -13,7 +13,7 @@ import torch
 from support import small_mixtral, two_ranks
 
 TORCHRUN_DEADLINE_S = 60
-RunRanks = Callable[[str, Path], "subprocess.CompletedProcess[str]"]
+RunRanks = Callable[[str, Path], subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,14 +37,13 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def run_two_ranks(checkpoint: Path) -> RunRanks:
     """Run support/two_ranks.py with a task under a real torchrun."""
-    program = Path(two_ranks.__file__)
-    source = program.parents[2] / "worker"
+    root = Path(two_ranks.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'worker'}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", two_ranks.__name__]
 
-    def run(task: str, out: Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    def run(task: str, out: Path) -> subprocess.CompletedProcess[str]:
         arguments = [task, str(checkpoint.parent), str(out)]
-        return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=TORCHRUN_DEADLINE_S)
+        return subprocess.run(torchrun + arguments, env=environment, capture_output=True, text=True, timeout=TORCHRUN_DEADLINE_S)
 
     return run
 

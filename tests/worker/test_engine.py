@@ -22,7 +22,8 @@ from mixtral_worker.scheduler import Scheduler, Sequence
 TIE = 1e-4
 MAX_SLOTS, MAX_SEQ_LEN = 6, 96
 MAX_TOKENS = 24
-JOBS = 7
+PROMPT_TOKENS = [31, 2, 17, 50, 1, 16, 15]
+JOBS = len(PROMPT_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def engine(checkpoint: Path) -> Engine:
 
 def prompt(seed: int) -> list[int]:
     rng = random.Random(seed)
-    return [rng.randrange(160) for _ in range(rng.choice([1, 2, 15, 16, 17, 31, 50]))]
+    return [rng.randrange(160) for _ in range(PROMPT_TOKENS[seed])]
 
 
 def job(seed: int, *, drawn: bool, produced: list[int] | None = None) -> Sequence:

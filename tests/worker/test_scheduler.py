@@ -111,8 +111,8 @@ class Batch(RuleBasedStateMachine):
         assert 1 <= sum(len(row.tokens) for row in plan.rows) <= self.scheduler.max_step_tokens
         assert len({row.slot for row in plan.rows}) == len(plan.rows) <= self.scheduler.max_slots
         assert all(len(row.tokens) <= max(1, self.scheduler.prefill_chunk) for row in plan.rows)
-        lengths = [len(row.tokens) > 1 for row in plan.rows]
-        assert lengths == sorted(lengths), "rows of one token stand first"
+        order = [(len(row.tokens) > 1, row.end) for row in plan.rows]
+        assert order == sorted(order), "rows of one token stand first, each kind by rising end"
 
     @invariant()
     def nobody_is_lost_and_no_block_either(self) -> None:

@@ -5,7 +5,7 @@ ids mean is the loop's. Every rank calls step with the same plan; rank 0 alone d
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from mixtral_worker.plan import Row, StepPlan
 from mixtral_worker.sampling import sample
 
 KV_SHARE_OF_FREE_MEMORY = 0.9  # on a GPU, when no size is given; the rest is for activations
+
+SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then up to 2⁵, 2⁶ …: at most half of the work is padding
 
 
 class Engine:
@@ -93,25 +95,30 @@ class Engine:
         )
 
     def _parts(self, rows: Sequence[Row]) -> Iterator[Decodes | Chunk]:
-        decodes = [row for row in rows if len(row.tokens) == 1]
-        if decodes:
-            yield self._decodes(decodes)
-        first = len(decodes)
-        for row in rows[first:]:
-            last = first + len(row.tokens)
-            places = torch.arange(row.end, device=self.device)
-            mask = places <= places[row.start :, None] if row.start else None
-            yield Chunk(slice(first, last), self._tensor([row.blocks]), row.end, mask)
-            first = last
+        first = 0
+        for size, alike in groupby(rows, _size_class):
+            group = list(alike)
+            if size:
+                yield self._decodes(first, group)
+                first += len(group)
+                continue
+            for row in group:
+                yield self._chunk(first, row)
+                first += len(row.tokens)
 
-    def _decodes(self, rows: Sequence[Row]) -> Decodes:
+    def _chunk(self, first: int, row: Row) -> Chunk:
+        places = torch.arange(row.end, device=self.device)
+        mask = places <= places[row.start :, None] if row.start else None
+        return Chunk(slice(first, first + len(row.tokens)), self._tensor([row.blocks]), row.end, mask)
+
+    def _decodes(self, first: int, rows: Sequence[Row]) -> Decodes:
         width = max(len(row.blocks) for row in rows)
         # A row that is shorter repeats its own first block: another's might hold NaN, which no mask takes out of a sum.
         table = self._tensor([row.blocks + row.blocks[:1] * (width - len(row.blocks)) for row in rows])
         ends = self._tensor([row.end for row in rows])
         is_beyond = torch.arange(width * self.cache.block_size, device=self.device) >= ends[:, None]  # [B, S]
         bias = torch.zeros(is_beyond.shape, dtype=self.cache.store.dtype, device=self.device).masked_fill_(is_beyond, -torch.inf)
-        return Decodes(slice(0, len(rows)), table, bias.repeat(self.cache.n_kv_heads, 1)[:, None])
+        return Decodes(slice(first, first + len(rows)), table, bias.repeat(self.cache.n_kv_heads, 1)[:, None])
 
     def _wanted(self, rows: Sequence[Row]) -> Tensor:
         """Places in the flat batch of the tokens whose logits are sampled."""
@@ -126,6 +133,11 @@ class Engine:
 
     def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _size_class(row: Row) -> int:
+    """Decodes of one class are computed together, all as wide as the longest; 0 is a chunk, which stands alone."""
+    return 0 if len(row.tokens) > 1 else max(SMALLEST_CLASS, (len(row.blocks) - 1).bit_length())
 
 
 def _blocks_that_fit(model: Transformer, wanted: int) -> int:

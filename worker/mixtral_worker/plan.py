@@ -60,7 +60,7 @@ class Row:
 class StepPlan:
     kind: Kind
     step: int = 0  # counts the steps of this worker; every rank names it when it fails
-    rows: tuple[Row, ...] = ()  # rows of one token stand first
+    rows: tuple[Row, ...] = ()  # those of one token first, each kind by rising end
 
 
 class PlanCodec:

@@ -115,7 +115,7 @@ class Scheduler:
         if not rows:
             return None
         self.step += 1
-        rows.sort(key=lambda row: len(row.tokens) > 1)  # stable: rows of one token first
+        rows.sort(key=lambda row: (len(row.tokens) > 1, row.end))
         return StepPlan(Kind.STEP, self.step, tuple(rows))
 
     def record(self, plan: StepPlan, next_ids: list[int]) -> list[tuple[Sequence, int]]:

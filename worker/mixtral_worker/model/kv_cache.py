@@ -3,6 +3,8 @@
 Which block belongs to whom is blocks.py's; here they are only written, read and wiped.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ class KVCache:
         # Heads stand outside blocks, so that gathered blocks are one batch of matrices [S, D] without another copy.
         shape = (config.n_layers, 2, self.n_kv_heads, num_blocks, block_size * config.head_dim)  # [L, 2, H, N, P·D]
         self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self._gathered = torch.empty(0, dtype=dtype, device=device)  # kept: fresh pages for each read would cost more than the copy
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store this step's keys and values. slots [T] = block · P + place in it, kv [T, 2, H, D]."""
@@ -29,9 +32,13 @@ class KVCache:
         by_position.index_copy_(2, slots, kv.permute(1, 2, 0, 3))
 
     def read(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather whole sequences. table [B, n] of blocks → keys and values, each [H, B, n·P, D]."""
-        gathered = self.store[layer].index_select(2, table.flatten())  # [2, H, B·n, P·D]
-        keys, values = gathered.view(2, -1, table.shape[0], table.shape[1] * self.block_size, self.head_dim)
+        """Gather whole sequences. table [B, n] of blocks → keys and values, each [H, B, n·P, D], good until the next read."""
+        shape = (2, self.n_kv_heads, table.numel(), self.block_size * self.head_dim)
+        if self._gathered.numel() < math.prod(shape):
+            self._gathered = self.store.new_empty(math.prod(shape))
+        gathered = self._gathered[: math.prod(shape)].view(shape)
+        torch.index_select(self.store[layer], 2, table.flatten(), out=gathered)
+        keys, values = gathered.view(2, self.n_kv_heads, table.shape[0], table.shape[1] * self.block_size, self.head_dim)
         return keys, values
 
     def wipe(self, blocks: Tensor) -> None:

@@ -40,4 +40,4 @@ class MoE(nn.Module):
         gated, linear = F.grouped_mm(x[tokens], self.w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # each [T·k, F]
         out = F.grouped_mm(F.silu(gated) * linear, self.w2.transpose(1, 2), offs=ends)  # [T·k, dim]
         out = torch.empty_like(out).index_copy_(0, order, out).view(*weights.shape, -1)  # [T, k, dim]
-        return self.shard.sum(torch.einsum("tk,tkd->td", weights.to(out.dtype), out))
+        return self.shard.sum(torch.bmm(weights.to(out.dtype)[:, None], out).squeeze(1))
