@@ -6,10 +6,12 @@ before any of them reads weights, so that none is left waiting in a collective.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
 import time
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +44,9 @@ PROGRESS_EVERY_S = 2.0
 
 def run(settings: Settings, signals: Signals) -> int:
     """Work as this rank until there is an orderly end; returns the exit code. Raises one of REFUSALS, LinkRefused, or what broke."""
-    with ranks.join(settings.device) as here:
+    with ExitStack() as stack:
+        with redirect_stdout(io.StringIO()):  # fairscale prints, and stdout is the answer's
+            here = stack.enter_context(ranks.join(settings.device))
         config = ModelConfig.read(settings.ckpt_dir)
         config.require_ranks(here.world)
         params = json.loads((settings.ckpt_dir / "params.json").read_text(encoding="utf-8"))

@@ -1,0 +1,108 @@
+"""The whole worker as a user starts it: torchrun, its ranks, their signals and their ends. Real processes, a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mixtral_client.protocol import ChatMessage, JobSpec, Sampling
+from support.fake_server import KEY, serving
+from support.tiny_worker import TinyWorker, reference, write_tiny_worker
+from support.torchrun import ROOT, torchrun
+
+STORY = [("user", "Tell me a story about a cat and a dog.")]
+ENVIRONMENT = {"MIXTRAL_WORKER_KEY": KEY}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_worker(tmp_path_factory.mktemp("tiny"))
+
+
+async def test_torchrun_worker_from_the_repository_serves_the_demo_model_and_drains_on_sigterm() -> None:
+    async with serving() as server:
+        with torchrun(["--nproc_per_node", "1", "worker", "--api_server", server.url], environment=ENVIRONMENT) as worker:
+            await asyncio.to_thread(worker.log_line, "event=ready")
+            first = await server.put(messages=[("user", "Tell a long story: Once upon a time")], max_tokens=40)
+            await server.finished(first)
+            assert first.finish in ("stop", "length")
+            assert len(first.text.split()) > 10
+            running = await server.put(messages=[("user", "Tell a long story: Once upon a time")], max_tokens=60, seed=2)
+            await server.until(lambda: bool(running.ids))
+            worker.process.send_signal(signal.SIGTERM)
+            await server.finished(running)
+            await asyncio.to_thread(worker.log_line, "event=stopped handed_back=0")
+            await asyncio.to_thread(worker.wait)
+        assert server.logouts == ["session-1"]
+
+
+async def test_two_ranks_by_absolute_path_answer_as_one_rank_does_and_all_end_zero_when_rank_0_is_told_to_stop(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with serving() as server:
+        arguments = ["--nproc_per_node", "2", f"{ROOT / 'worker'}/", "--ckpt_dir", str(tiny), "--api_server", server.url]
+        with torchrun(arguments, cwd=tmp_path, environment=ENVIRONMENT) as worker:
+            jobs = [await server.put(messages=STORY, max_tokens=30, temperature=0.8 * (seed > 0), seed=seed) for seed in range(4)]
+            await server.finished(*jobs)
+            alone = TinyWorker.load(tiny)
+            assert [(job.ids, job.text) for job in jobs] == [(e.ids, e.text) for e in (reference(alone, job.spec) for job in jobs)]
+            os.kill(worker.rank(1), signal.SIGTERM)  # a follower waits for rank 0
+            after = await server.put(messages=STORY, max_tokens=5)
+            await server.finished(after)
+            os.kill(worker.rank(0), signal.SIGTERM)
+            assert await asyncio.to_thread(worker.wait) == 0
+            assert worker.rest_of_log().count("event=starting") == 1, "rank 0 alone speaks"
+        assert server.logouts == ["session-1"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_rank_that_is_killed_ends_the_other_and_its_job_lapses_back_to_the_queue(tiny: Path, victim: int) -> None:
+    async with serving(lease_s=2.0) as server:
+        arguments = ["--nproc_per_node", "2", "worker", "--ckpt_dir", str(tiny), "--api_server", server.url]
+        with torchrun(arguments, environment=ENVIRONMENT) as worker:
+            job = await server.put(messages=STORY, max_tokens=10_000, temperature=0)
+            await server.until(lambda: len(job.ids) > 2)
+            other = worker.rank(1 - victim)
+            os.kill(worker.rank(victim), signal.SIGKILL)
+            assert await asyncio.to_thread(worker.wait) != 0
+            with pytest.raises(ProcessLookupError):
+                os.kill(other, 0)
+        assert server.logouts == [], "a crash is no goodbye: the server must be able to count it"
+        await server.lapse()
+        assert server.waiting == [job]
+        assert job.ids == reference(TinyWorker.load(tiny), job.spec).ids[: len(job.ids)]
+
+
+def test_a_setting_that_cannot_work_is_one_sentence_from_rank_0_and_a_code_that_is_not_zero() -> None:
+    with torchrun(["--nproc_per_node", "2", "worker", "--api_server", "http://127.0.0.1:1"]) as worker:
+        assert worker.wait() != 0
+        said = [line for line in worker.rest_of_log().splitlines() if line.startswith("mixtral-worker:")]
+    assert len(said) == 1
+    assert "MIXTRAL_WORKER_KEY" in said[0]
+
+
+def test_a_rank_count_that_the_model_cannot_be_split_by_names_those_that_work(tiny: Path) -> None:
+    with torchrun(["--nproc_per_node", "3", "worker", "--ckpt_dir", str(tiny)]) as worker:
+        assert worker.wait() != 0
+        said = [line for line in worker.rest_of_log().splitlines() if line.startswith("mixtral-worker:")]
+    assert len(said) == 1
+    assert "3 ranks" in said[0]
+    assert "1, 2 or 4" in said[0]
+
+
+def test_a_pipe_gets_the_whole_of_stdin_as_one_message_and_only_the_answer_on_stdout_from_two_ranks(tiny: Path) -> None:
+    with torchrun(["--nproc_per_node", "2", "worker", "--ckpt_dir", str(tiny), "--temperature", "0"], stdin=subprocess.PIPE) as worker:
+        assert worker.process.stdin is not None
+        assert worker.process.stdout is not None
+        with worker.process.stdin as pipe:
+            pipe.write(b"Two lines\nof one message\n")
+        answer = worker.process.stdout.read().decode()
+        assert worker.wait() == 0
+    message = ChatMessage(role="user", content="Two lines\nof one message")
+    spec = JobSpec(messages=[message], max_tokens=10_000, seed=0, sampling=Sampling(temperature=0))
+    assert answer == reference(TinyWorker.load(tiny), spec).text + "\n"
