@@ -104,11 +104,11 @@ export class View {
   #noteScroll() {
     const { scrollHeight, scrollTop, clientHeight } = this.#scroller;
     this.#isFollowing = scrollHeight - scrollTop - clientHeight < NEAR_END_PX;
-    this.#toEnd.hidden = this.#isFollowing;
+    this.#toEnd.hidden = this.#isFollowing || this.#rows.length === 0;
   }
 
   #keepEnd() {
-    if (this.#isFollowing) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    if (this.#isFollowing && this.#rows.length > 0) this.#scroller.scrollTop = this.#scroller.scrollHeight;
     this.#noteScroll();
   }
 }

@@ -438,7 +438,9 @@ def test_page_follows_the_end_only_while_one_reads_there(open_page: Callable[...
 
 
 def test_page_fits_a_phone_whatever_the_answer_holds(open_page: Callable[..., Page], worker: Any) -> None:
-    page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
+    page = open_page(viewport={"width": 320, "height": 480}, has_touch=True, is_mobile=True)
+    expect(page.locator("#summary")).to_contain_text("tokens")
+    assert page.locator("#scroller").evaluate("node => node.scrollTop") == 0  # the welcome is read from its top
     ask(page, "x" * 300)
     worker.finish(worker.take(), "y" * 500, "\n" + "z " * 200)
     expect_state(page, "done")
