@@ -11,7 +11,7 @@ from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import connect
 from support.queue_bench import ENDPOINT, Bench
 from support.redis import VERSIONS, RedisProcess, redis_binary
-from support.server_fixtures import empty_redis, http, one_redis, server, shared_server, worker  # noqa: F401
+from support.server_fixtures import *  # noqa: F403 - its fixtures
 
 
 @pytest.fixture(scope="session", params=VERSIONS)

@@ -6,14 +6,19 @@ tests/server/conftest.py takes them in.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 import redis as sync_redis
 
+from mixtral_server.database import Database
+from support.databases import AVAILABLE, PostgresProcess
 from support.live_server import LiveServer
 from support.redis import RedisProcess, redis_binary
 from support.scripted_worker import ScriptedWorker
+
+__all__ = ["database", "database_url", "empty_redis", "http", "one_redis", "postgres", "server", "shared_server", "worker"]
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +55,26 @@ async def http(server: LiveServer) -> AsyncIterator[aiohttp.ClientSession]:
 async def worker(server: LiveServer) -> AsyncIterator[ScriptedWorker]:
     async with ScriptedWorker(server.url, server.worker_key) as worker:
         yield worker
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresProcess]:
+    with PostgresProcess() as server:
+        yield server
+
+
+@pytest.fixture(params=AVAILABLE)
+async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind that this machine has."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'test.sqlite3'}"
+    cluster: PostgresProcess = request.getfixturevalue("postgres")
+    return await cluster.new_database()
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    await database.migrate()
+    yield database
+    await database.close()

@@ -1,0 +1,45 @@
+"""Databases for tests: SQLite always, PostgreSQL where its server is installed (initdb and pg_ctl on PATH)."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import asyncpg
+
+AVAILABLE = ("sqlite", "postgresql") if shutil.which("initdb") and shutil.which("pg_ctl") else ("sqlite",)
+
+
+class PostgresProcess:
+    """One PostgreSQL as our child, on a unix socket in a folder of its own: `with PostgresProcess() as server:`."""
+
+    def __enter__(self) -> PostgresProcess:
+        self._folder = Path(tempfile.mkdtemp(prefix="mixtral-pg-"))
+        self._databases = 0
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            os.chown(self._folder, nobody.pw_uid, nobody.pw_gid)
+        self._run("initdb", "-U", "mixtral", "-A", "trust", "--no-sync")
+        self._run("pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", f"-k {self._folder} -c listen_addresses='' -c fsync=off", "start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+        shutil.rmtree(self._folder)
+
+    async def new_database(self) -> str:
+        """The URL of an empty one."""
+        self._databases += 1
+        name = f"test{self._databases}"
+        connection = await asyncpg.connect(host=str(self._folder), user="mixtral", database="postgres")
+        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.close()
+        return f"postgresql+asyncpg://mixtral@/{name}?host={self._folder}"
+
+    def _run(self, *command: str) -> None:
+        user = "nobody" if os.getuid() == 0 else None
+        subprocess.run([*command, "-D", f"{self._folder}/data"], user=user, cwd="/", check=True, stdout=subprocess.DEVNULL)
