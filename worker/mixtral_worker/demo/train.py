@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,22 +149,26 @@ def answer_loss(model: DemoModel, rows: list[Row]) -> tuple[Tensor, int, Balance
     return F.cross_entropy(logits[:count], targets.reshape(-1)[wanted[:count]], reduction="sum"), count, balance
 
 
-@torch.no_grad()
-def measure(model: DemoModel, rows: list[Row], batch_tokens: int) -> tuple[float, Tensor]:
+def measure(model: DemoModel, rows: list[Row], batch_tokens: int, threads: Executor) -> tuple[float, Tensor]:
     """Mean loss of the answer tokens, and each expert's share of the tokens [layers, E]."""
-    loss, tokens, shares, weight = 0.0, 0, torch.zeros(()), 0
-    for batch in dataset.batches(rows, batch_tokens, None):
-        batch_loss, count, balance = answer_loss(model, batch)
+
+    @torch.no_grad()
+    def measured(batch: list[Row]) -> tuple[float, int, Tensor, int]:
+        loss, answered, balance = answer_loss(model, batch)
         present = sum(len(row.ids) for row in batch)
-        loss, tokens = loss + batch_loss.item(), tokens + count
-        shares, weight = shares + balance.share * present, weight + present
-    return loss / tokens, shares / weight
+        return loss.item(), answered, balance.share * present, present
+
+    losses, answered, shares, present = zip(*threads.map(measured, dataset.batches(rows, batch_tokens, None)), strict=True)
+    return sum(losses) / sum(answered), torch.stack(shares).sum(0) / sum(present)
 
 
 class Training:
-    """One training in one folder. `run` goes on from the folder's checkpoint to the end of the schedule."""
+    """One training in one folder. `run` goes on from the folder's checkpoint to the end of the schedule.
 
-    def __init__(self, corpus: Path, out: Path, shape: DemoShape, recipe: Recipe) -> None:
+    Each of the threads takes its share of every batch: they meet once a step, not once an operation, which a busy machine makes dear.
+    """
+
+    def __init__(self, corpus: Path, out: Path, shape: DemoShape, recipe: Recipe, threads: int = 1) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.shape, self.recipe = out, shape, recipe
         stories = dataset.read_stories(corpus / "tinystories_train.txt")
@@ -175,11 +180,17 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.model = DemoModel(shape, DTYPES[recipe.compute])
         self.optimisers = optimisers(self.model, recipe)
+        self.thread_count = threads
+        self.threads = ThreadPoolExecutor(threads)
         self.progress = Progress()
         if (out / "checkpoint.pt").exists():
             self._resume()
 
     def run(self) -> Progress:
+        with self.threads:
+            return self._run()
+
+    def _run(self) -> Progress:
         started = time.monotonic() - self.progress.elapsed_s
         evaluated, said, said_at = self.progress.tokens, self.progress.tokens, time.monotonic()
         losses: list[float] = []
@@ -211,23 +222,32 @@ class Training:
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
     def _step(self, batch: list[Row]) -> float:
+        """One step on this batch; gives its loss."""
         factor = rate_at(self.progress.share(self.recipe), self.progress.step, self.recipe)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["full_rate"] * factor
-            optimiser.zero_grad()
-        loss, tokens, balance = answer_loss(self.model, batch)
-        loss = loss / tokens
-        (loss + self.recipe.balance_weight * balance.penalty).backward()  # type: ignore[no-untyped-call]
+        answered = sum(target != NO_TARGET for row in batch for target in row.targets)
+        parts = [part for first in range(self.thread_count) if (part := batch[first :: self.thread_count])]
+        losses, gradients = zip(*self.threads.map(lambda part: self._gradients(part, answered, len(part) / len(batch)), parts), strict=True)
+        for weight, *shares in zip(self.model.parameters(), *gradients, strict=True):
+            weight.grad = torch.stack(shares).sum(0)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for optimiser in self.optimisers:
             optimiser.step()
         self.progress.step += 1
         self.progress.tokens += sum(len(row.ids) for row in batch)
-        return loss.item()
+        return math.fsum(losses)
+
+    def _gradients(self, rows: list[Row], answered: int, share: float) -> tuple[float, tuple[Tensor, ...]]:
+        """Loss and gradients of a share of a batch with so many answer tokens in all."""
+        loss, _, balance = answer_loss(self.model, rows)
+        loss = loss / answered
+        gradients = torch.autograd.grad(loss + share * self.recipe.balance_weight * balance.penalty, list(self.model.parameters()))
+        return loss.item(), gradients
 
     def _evaluate(self) -> None:
-        loss, shares = measure(self.model, self.validation, 4 * self.recipe.batch_tokens)
+        loss, shares = measure(self.model, self.validation, self.recipe.batch_tokens, self.threads)
         self.progress.history.append({"tokens": self.progress.tokens, "elapsed_s": self.progress.elapsed_s, "validation_loss": loss})
         if loss < self.progress.best_loss:
             self.progress.best_loss = loss
@@ -293,37 +313,47 @@ def load(folder: Path) -> tuple[DemoModel, Tokenizer]:
     return model, Tokenizer(folder / "tokenizer.model")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the samples of an evaluation are drawn."""
+
+    temperature: float = 0.7
+    top_k: int = 40
+    seed: int = 7
+    max_tokens: int = 400
+
+
 @torch.no_grad()
-def sample(model: DemoModel, tokenizer: Tokenizer, wish: str, temperature: float, top_k: int, seed: int, max_tokens: int) -> str:
+def sample(model: DemoModel, tokenizer: Tokenizer, wish: str, sampling: Sampling) -> str:
     """One answer. Recomputes the whole text for each token: for looking at a few samples, not for serving."""
     ids = encode_chat(tokenizer, [Message("user", wish)], "instruct")
     prompt_tokens = len(ids)
-    draw = torch.Generator().manual_seed(seed)
-    while len(ids) < min(prompt_tokens + max_tokens, model.shape.max_seq_len):
+    draw = torch.Generator().manual_seed(sampling.seed)
+    while len(ids) < min(prompt_tokens + sampling.max_tokens, model.shape.max_seq_len):
         row = torch.tensor([ids])
         hidden, _ = model(row, torch.ones_like(row, dtype=torch.bool))
-        best, candidates = model.logits(hidden[0, -1]).topk(top_k)
-        pick = candidates[torch.multinomial((best / temperature).softmax(-1), 1, generator=draw)].item()
+        best, candidates = model.logits(hidden[0, -1]).topk(sampling.top_k)
+        pick = candidates[torch.multinomial((best / sampling.temperature).softmax(-1), 1, generator=draw)].item()
         if pick == tokenizer.eos_id:
             break
         ids.append(int(pick))
     return tokenizer.decode(ids[prompt_tokens:])
 
 
-def evaluate(folder: Path, corpus: Path, wishes: list[str], temperature: float, top_k: int, seed: int, max_tokens: int) -> None:
+def evaluate(folder: Path, corpus: Path, wishes: list[str], sampling: Sampling, threads: Executor) -> None:
     """Print perplexity on validation and test stories, the experts' shares, and a sample for each wish."""
     model, tokenizer = load(folder)
     for name in ("val", "test"):
         rows = validation_rows(corpus / f"tinystories_{name}.txt", tokenizer, model.shape.max_seq_len)
-        loss, shares = measure(model, rows, 16_384)
+        loss, shares = measure(model, rows, 4_096, threads)
         tokens = sum(target != NO_TARGET for row in rows for target in row.targets)
         print(f"{name}: perplexity={math.exp(loss):.4f} loss={loss:.4f} stories={len(rows)} answer_tokens={tokens}")
         for layer, share in enumerate(shares):
-            shares_text = " ".join(f"{part:.3f}" for part in share)
-            print(f"{name}: layer={layer} expert_share={shares_text} busiest_over_mean={share.max() * len(share):.2f}")
+            parts = " ".join(f"{part:.3f}" for part in share)
+            print(f"{name}: layer={layer} expert_share={parts} busiest_over_mean={share.max() * len(share):.2f}")
     for wish in wishes:
-        print(f"\nseed={seed} temperature={temperature} top_k={top_k} wish={wish!r}")
-        print(sample(model, tokenizer, wish, temperature, top_k, seed, max_tokens))
+        print(f"\nwish={wish!r} {sampling}")
+        print(sample(model, tokenizer, wish, sampling))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -348,11 +378,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--compute", choices=sorted(DTYPES), default=recipe.compute, help="precision of the matrix work (%(default)s)")
     parser.add_argument("--seed", type=int, default=recipe.seed, help="seed of weights, chats and samples (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads to share each batch (%(default)s)")
     parser.add_argument("--wish", action="append", default=[], help="with --evaluate: sample an answer to this; may be repeated")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of the samples (%(default)s)")
-    parser.add_argument("--top_k", type=int, default=40, help="of the samples (%(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=400, help="of each sample (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="of the samples (%(default)s)")
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="of the samples (%(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=Sampling.max_tokens, help="of each sample (%(default)s)")
     chosen = parser.parse_args(arguments)
     needed = ["corpus"] if chosen.evaluate else ["out"] if chosen.export else ["corpus", "out"]
     if missing := [f"--{name}" for name in needed if getattr(chosen, name) is None]:
@@ -362,14 +392,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     chosen = parse()
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(1)
     if chosen.evaluate:
-        evaluate(chosen.evaluate, chosen.corpus, chosen.wish, chosen.temperature, chosen.top_k, chosen.seed, chosen.max_tokens)
+        sampling = Sampling(chosen.temperature, chosen.top_k, chosen.seed, chosen.max_tokens)
+        with ThreadPoolExecutor(chosen.threads) as threads:
+            evaluate(chosen.evaluate, chosen.corpus, chosen.wish, sampling, threads)
     elif chosen.export:
         export(chosen.out, DemoShape(), chosen.export)
     else:
         flags = {name: getattr(chosen, name) for name in Recipe.__dataclass_fields__ if hasattr(chosen, name)}
-        Training(chosen.corpus, chosen.out, DemoShape(), Recipe(**flags)).run()
+        Training(chosen.corpus, chosen.out, DemoShape(), Recipe(**flags), chosen.threads).run()
 
 
 if __name__ == "__main__":
