@@ -133,5 +133,5 @@ class Load:
         except aiohttp.ClientError as lost:
             return Failure("connection_lost", f"after {chat.tokens} tokens: {type(lost).__name__}: {lost}")
         except ValueError as unreadable:
-            return Failure("unreadable_stream", str(unreadable)[:300])
+            return Failure("unreadable_stream", " ".join(str(unreadable).split())[:200])
         return None

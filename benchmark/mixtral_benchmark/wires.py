@@ -14,10 +14,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import aiohttp
-from pydantic import Field, TypeAdapter
 
 from mixtral_benchmark.measure import Arrival, Chat, Failure
 from mixtral_benchmark.prompts import Ask
@@ -35,6 +34,7 @@ from mixtral_client.protocol import (
     TokenEvent,
     parse_event_id,
 )
+from mixtral_client.resume import EVENTS
 from mixtral_client.sse import ServerSentEvent, SseDecoder
 
 CONNECT_TIMEOUT_S = 10
@@ -43,8 +43,6 @@ GOODBYE_TIMEOUT_S = 2
 
 CONTENT_FIELDS = ("content", "reasoning_content", "reasoning")
 """Where OpenAI-compatible servers put generated text in a delta."""
-
-JOB_EVENT: TypeAdapter[JobEvent] = TypeAdapter(Annotated[JobEvent, Field(discriminator="event")])
 
 
 class ChatFailed(Exception):
@@ -71,7 +69,7 @@ class Target:
 def open_http(target: Target) -> aiohttp.ClientSession:
     """As many connections as there are chats: the load decides how many that is, and no pool may delay a send."""
     return aiohttp.ClientSession(
-        headers=target.headers,
+        headers=target.headers | {"Accept-Encoding": "identity"},  # a compressor may hold tokens back
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
     )
@@ -184,8 +182,9 @@ class NativeWire(Wire):
         async with self._http.get(f"{self._target.url}/v1/jobs/{job}/events") as response:
             await raise_for_status(response)
             async for at_s, event in self._events(response):
-                if chat.ended_s is None:
-                    self._event(chat, at_s, JOB_EVENT.validate_json(event.data), transcript)
+                # An event of a kind that this program does not know is passed over, as every client does.
+                if chat.ended_s is None and event.event in EVENTS:
+                    self._event(chat, at_s, EVENTS[event.event].model_validate_json(event.data), transcript)
         if chat.ended_s is None:
             raise ChatFailed(Failure("stream_cut", f"the stream ended after {chat.tokens} tokens without done or error"))
 

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from mixtral_benchmark.measure import Arrival, Chat, figures
-from support.scripted_server import Stage, chunk, done, openai_end, sse, token, usage
+from support.scripted_server import Stage, chunk, done, native, openai_end, sse, token, usage
 
 
 async def one(stage: Stage, api: str, script: Coroutine[Any, Any, None], **more: Any) -> Chat:
@@ -52,7 +52,7 @@ async def test_openai_times_are_those_of_the_script(stage: Stage) -> None:
 
 async def test_native_times_are_those_of_the_script_and_of_the_server(stage: Stage) -> None:
     async def script() -> None:
-        await stage.at(0.5, 0, sse({"event": "queued", "position": 1, "eta_s": None}) + token(1), arrivals=1)
+        await stage.at(0.5, 0, native("queued", position=1, eta_s=None) + token(1), arrivals=1)
         await stage.at(0.75, 0, token(2), arrivals=1)
         await stage.end(1.0, 0, done(2, "length", queue_s=0.125, first_token_s=0.25, total_s=0.9))
 
@@ -127,11 +127,16 @@ async def test_openai_server_without_offsets_is_counted_by_its_usage(stage: Stag
 async def test_native_rewind_and_move_are_counted_and_tokens_stay_exact(stage: Stage) -> None:
     async def script() -> None:
         await stage.at(1.0, 0, token(1) + token(2), arrivals=2)
-        await stage.at(2.0, 0, sse({"event": "moved", "attempt": 2}) + sse({"event": "rewind", "to": 1}) + token(2) + token(3), arrivals=2)
+        await stage.at(2.0, 0, native("moved", attempt=2) + native("rewind", to=1) + token(2) + token(3), arrivals=2)
         await stage.end(3.0, 0, done(3))
 
     chat = await one(stage, "native", script())
     assert (chat.completed, chat.tokens, chat.moves, chat.rewinds) == (True, 3, 1, 1)
+
+
+async def test_native_event_of_an_unknown_kind_is_passed_over(stage: Stage) -> None:
+    chat = await one(stage, "native", stage.end(1.0, 0, token(1) + native("unheard_of", what=1) + done(1)))
+    assert (chat.completed, chat.tokens) == (True, 1)
 
 
 async def test_verified_stream_equals_the_log(stage: Stage) -> None:
@@ -152,10 +157,10 @@ async def test_stream_that_differs_from_the_log_fails_verification_though_the_ti
         (token(1) + token(3), "stream_gap"),
         (token(1) + token(1), "stream_repeat"),
         (token(1), "stream_cut"),
-        (token(1) + sse({"event": "error", "error": {"message": "m", "type": "server_error", "code": "engine_failed"}}), "engine_failed"),
+        (token(1) + native("error", error={"message": "m", "type": "server_error", "code": "engine_failed"}), "engine_failed"),
         (token(1) + done(1, "cancelled"), "cancelled"),
-        (token(1) + sse({"event": "unheard_of"}), "unreadable_stream"),
-        (sse("Once upon"), "unreadable_stream"),
+        (token(1) + native("token", text="no offset"), "unreadable_stream"),
+        (b"event: token\n" + sse("Once upon"), "unreadable_stream"),
     ],
 )
 async def test_native_failure_is_counted_under_its_name_and_its_job_cancelled(stage: Stage, data: bytes, code: str) -> None:

@@ -47,14 +47,18 @@ def openai_end(tokens: int, prompt: int = 11) -> bytes:
     return chunk(None, None, "stop") + usage(tokens, prompt) + sse("[DONE]")
 
 
+def native(kind: str, id: str | None = None, **fields: object) -> bytes:
+    """One event of the native stream: its kind is the event's name."""
+    return f"event: {kind}\n".encode() + sse(fields, id)
+
+
 def token(offset: int, text: str = "x") -> bytes:
-    """One token of the native stream."""
-    return sse({"event": "token", "offset": offset, "text": text}, event_id(offset, 7))
+    return native("token", event_id(offset, 7), offset=offset, text=text)
 
 
 def done(tokens: int, finish: str = "stop", prompt: int = 11, **timings: float) -> bytes:
     counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-    return sse({"event": "done", "finish": finish, "usage": counts, "timings": timings or None})
+    return native("done", finish=finish, usage=counts, timings=timings or None)
 
 
 class ScriptedServer:
