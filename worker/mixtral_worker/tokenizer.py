@@ -6,7 +6,7 @@ Leaves to prompt.py which ids stand around a message, and to detokenizer.py how 
 SentencePiece writes a blank as U+2581 and puts one in front of every text; `decode` takes that one away again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -64,6 +64,29 @@ class Tokenizer:
         # A newline is a byte piece that merges with nothing: blank, newline, then the text as it is in mid-sentence.
         ids: list[int] = self._pieces.encode("\n" + text)
         return ids[2:]
+
+
+def train_vocabulary(lines: Iterable[str], path: Path, vocab_size: int, control_pieces: Sequence[str]) -> None:
+    """Write a BPE vocabulary of these lines, built as Mistral's are: bytes for what has no piece, text left as it is, BOS 1, EOS 2."""
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            control_symbols=list(control_pieces),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:

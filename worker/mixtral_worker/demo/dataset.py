@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from mixtral_worker.prompt import Message, encode_chat
-from mixtral_worker.tokenizer import Tokenizer
+from mixtral_worker.tokenizer import Tokenizer, train_vocabulary
 
 STORY_END = "<|endoftext|>"
 CONTROL_PIECES = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
@@ -42,14 +40,8 @@ def read_stories(path: Path) -> list[str]:
 
 
 def train_tokenizer(stories: Sequence[str], path: Path, vocab_size: int = 4096) -> None:
-    """BPE with byte fallback; the template's marks are control pieces, which no text can produce."""
-    lines = (line for story in stories for line in story.splitlines())
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=file, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-            control_symbols=CONTROL_PIECES, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+    """A vocabulary of the stories' own pieces; the template's marks are control pieces, which no text can produce."""
+    train_vocabulary((line for story in stories for line in story.splitlines()), path, vocab_size, CONTROL_PIECES)
 
 
 class Storyteller:
