@@ -20,9 +20,9 @@ from mixtral_worker.sampling import gumbel, sample
 from mixtral_worker.scheduler import Scheduler, Sequence
 
 TIE = 1e-4
-MAX_SLOTS, MAX_SEQ_LEN = 6, 96
+MAX_SLOTS, MAX_SEQ_LEN = 6, 350
 MAX_TOKENS = 24
-PROMPT_TOKENS = [31, 2, 17, 50, 1, 16, 15]
+PROMPT_TOKENS = [300, 31, 2, 17, 50, 1, 16, 15]  # one so long that it decodes apart from the others
 JOBS = len(PROMPT_TOKENS)
 
 
@@ -119,7 +119,7 @@ def test_preempted_job_goes_on_with_the_same_tokens(
     drawn: bool, engine: Engine, alone: dict[tuple[int, bool], tuple[list[int], list[float]]]
 ) -> None:
     jobs = [job(seed, drawn=drawn) for seed in range(JOBS)]
-    assert run(engine, jobs, blocks=7) > 0
+    assert run(engine, jobs, blocks=25) > 0
     for seed, one in enumerate(jobs):
         assert_same(one, alone[seed, drawn])
 
@@ -140,16 +140,16 @@ def test_token_whose_numbers_break_fails_its_job_alone_even_in_blocks_used_again
     weights = load_file(checkpoint / "consolidated.safetensors")
     weights["tok_embeddings.weight"][159] = torch.nan
     save_file(weights, tmp_path / "consolidated.safetensors")
-    engine = Engine.load(tmp_path, max_slots=3, max_seq_len=MAX_SEQ_LEN, num_blocks=6)
+    engine = Engine.load(tmp_path, max_slots=4, max_seq_len=MAX_SEQ_LEN, num_blocks=12)
 
-    def tokens_beside(*others: Sequence) -> list[int]:
-        scheduler = Scheduler(3, BlockPool(6), MAX_SEQ_LEN)
-        one = Sequence("one", 1, [1, 2, 3], 40, Sampling(0))
-        for sequence in (*others, one):
+    def tokens_beside(*others: Sequence) -> list[list[int]]:
+        scheduler = Scheduler(4, BlockPool(12), MAX_SEQ_LEN)
+        sound = [Sequence(f"sound{length}", 1, [*range(length)], 40, Sampling(0)) for length in (3, 40)]
+        for sequence in (*others, *sound):
             scheduler.admit(sequence)
         while plan := scheduler.plan_step():
             scheduler.record(plan, engine.step(plan))
-        return one.produced_ids
+        return [sequence.produced_ids for sequence in sound]
 
     expected = tokens_beside()
     broken = [Sequence(f"broken{i}", 1, [159] * length, 10, Sampling(0)) for i, length in enumerate((20, 30))]

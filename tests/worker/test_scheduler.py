@@ -88,7 +88,7 @@ class Batch(RuleBasedStateMachine):
         assert self.scheduler.remove(job_id) is self.admitted.pop(job_id)
         assert self.scheduler.remove(job_id) is None
 
-    @rule(cancelled=st.none() | st.integers(0, 30))
+    @rule(cancelled=st.none() | st.none() | st.integers(0, 30))
     def step(self, cancelled: int | None) -> None:
         """One step; perhaps a job is cancelled while it computes."""
         plan = self.scheduler.plan_step()
@@ -97,9 +97,9 @@ class Batch(RuleBasedStateMachine):
             return
         self.check(plan)
         next_ids = self.engine.step(plan)
-        if cancelled is not None and f"job{cancelled}" in self.admitted:
-            self.scheduler.remove(f"job{cancelled}")
-            del self.admitted[f"job{cancelled}"]
+        if cancelled is not None:
+            job_id = sorted(self.admitted)[cancelled % len(self.admitted)]
+            assert self.scheduler.remove(job_id) is self.admitted.pop(job_id)
         for moved, next_id in self.scheduler.record(plan, next_ids):
             assert moved is self.admitted[moved.job_id]
             assert moved.produced_ids[-1] == next_id
@@ -124,6 +124,11 @@ class Batch(RuleBasedStateMachine):
         assert len(held) == len(set(held)) == self.scheduler.pool.num_blocks - self.scheduler.pool.free_blocks
         assert not any(one.blocks for one in self.scheduler.waiting)
         assert len(self.scheduler.running) <= self.scheduler.max_slots
+
+    @rule(steps=st.integers(2, 12))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step(None)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -175,6 +180,19 @@ def test_job_joins_and_leaves_between_steps() -> None:
     assert (len(first.produced_ids), len(second.produced_ids)) == (2, 2)
 
 
+def test_job_removed_while_its_step_computes_takes_nobody_elses_token() -> None:
+    scheduler, engine = make(3, 20)
+    jobs = [sequence(name, 3, 9) for name in "abc"]
+    for one in jobs:
+        scheduler.admit(one)
+    plan = scheduler.plan_step()
+    assert plan is not None
+    next_ids = engine.step(plan)
+    scheduler.remove("b")
+    assert scheduler.record(plan, next_ids) == [(jobs[0], next_ids[0]), (jobs[2], next_ids[2])]
+    assert [one.produced_ids for one in jobs] == [next_ids[:1], [], next_ids[2:]]
+
+
 def test_free_slots_leave_out_those_that_waiting_jobs_will_take() -> None:
     scheduler, engine = make(3, 20)
     scheduler.admit(sequence("a", 3, 9))
@@ -199,14 +217,17 @@ def test_the_youngest_yields_when_blocks_run_out_and_loses_no_token() -> None:
 
 
 def test_newcomer_waits_until_each_running_job_could_still_grow() -> None:
-    scheduler, engine = make(3, 4)
+    scheduler, engine = make(3, 5)
     for name in "ab":
         scheduler.admit(sequence(name, 4, 4))
     run_step(scheduler, engine)
-    assert [one.job_id for one in scheduler.running] == ["a", "b"]
-    scheduler.admit(sequence("c", 4, 4))
+    scheduler.admit(newcomer := sequence("c", 4, 4))
     run_step(scheduler, engine)
-    assert [one.job_id for one in scheduler.waiting] == ["c"]
+    assert [one.job_id for one in scheduler.running] == ["a", "b"]
+    assert scheduler.pool.free_blocks == 1, "enough for the newcomer alone"
+    scheduler.remove("a")
+    run_step(scheduler, engine)
+    assert newcomer in scheduler.running
 
 
 def test_small_job_never_overtakes_a_large_one_that_waits_for_blocks() -> None:
