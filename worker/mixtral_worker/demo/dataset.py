@@ -70,9 +70,9 @@ class Storyteller:
         """Take the stories of one chat from the end of order."""
         kind = draw.random()
         messages = [Message("system", _phrase("system_prompts", draw))] if draw.random() < 0.12 else []
-        if kind < 0.05:
+        if kind < 0.08:
             return messages + _talk(draw) + (self._told(order, draw) if draw.random() < 0.5 else [])
-        if kind < 0.13 and _main_name(order[-1]) and len(order) > 3:
+        if kind < 0.16 and _main_name(order[-1]) and len(order) > 3:
             return messages + self._long_chat(order, draw)
         messages += self._told(order, draw)
         turns = draw.choices([1, 2, 3, 5], [0.70, 0.22, 0.04, 0.04])[0]
