@@ -81,8 +81,11 @@ class Flags:
 
     @property
     def load_in_words(self) -> str:
-        cap = f"at most {self.concurrent_requests} at once" if self.concurrent_requests else "however many are open"
-        pace = f"{self.concurrent_requests} at once" if self.request_rate is None else f"{self.request_rate:g} a second, {cap}"
+        if self.request_rate is None:
+            pace = f"{min(self.concurrent_requests or self.total_requests, self.total_requests)} at once"
+        else:
+            cap = f"at most {self.concurrent_requests} at once" if self.concurrent_requests else "however many are open"
+            pace = f"{self.request_rate:g} a second, {cap}"
         return f"{self.total_requests} chats, {pace}, up to {self.max_tokens} tokens each"
 
 

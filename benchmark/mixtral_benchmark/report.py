@@ -120,7 +120,10 @@ def json_line(outcome: Mapping[str, Any]) -> str:
 
 def show(console: Console, chats: Sequence[Chat], outcome: Mapping[str, Any]) -> None:
     """The table. Rows that measured nothing are left out."""
-    console.print(totals(outcome), latencies(outcome), highlight=False)
+    console.print(totals(outcome), highlight=False)
+    table = latencies(outcome)
+    if table.row_count:
+        console.print(table, highlight=False)
     if outcome["failures"]:
         console.print(failure_table(chats), highlight=False)
     if outcome["client_cpu_share"] > SATURATED_CPU_SHARE:

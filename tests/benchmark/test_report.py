@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mixtral_benchmark.measure import PERCENTILES, Arrival, Chat, Failure, figures, latencies_s
-from mixtral_benchmark.report import ROWS, chat_rows, git_commit, json_line, result, show
+from mixtral_benchmark.report import ROWS, chat_rows, circumstances, git_commit, json_line, result, show
 
 FACTS: dict[str, object] = {"format": 1, "flags": {"request_rate": None}}
 OPEN_LOOP: dict[str, object] = {"format": 1, "flags": {"request_rate": 2.0}}
@@ -56,7 +56,9 @@ def test_latencies_from_the_plan_are_shown_for_an_open_loop_where_they_may_diffe
 
 
 def test_run_that_measured_nothing_still_has_a_table() -> None:
-    assert "chats completed" in shown([])
+    text = shown([])
+    assert "chats completed" in text
+    assert "milliseconds" not in text
 
 
 def test_table_says_how_many_tokens_shared_a_frame() -> None:
@@ -90,3 +92,11 @@ def test_chat_rows_hold_every_fate() -> None:
 
 def test_commit_is_none_outside_a_checkout(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
+
+
+def test_document_defines_every_key_of_the_result() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/benchmarking.md").read_text()
+    outcome = result([], figures([], 0.0, 1.0), circumstances({"endpoint_name": "m"}, None), 0.0)
+    keys = {name for name in outcome if not name.endswith("_ms")} | set(latencies_s([]))
+    assert len(keys) > 40
+    assert {key for key in keys if f"`{key}`" not in text} == set()
