@@ -171,8 +171,7 @@ def test_equals_of_the_last_kept_candidate_stay() -> None:
 
 
 def test_nucleus_wider_than_the_first_candidates_is_kept_whole() -> None:
-    flat = torch.zeros(VOCAB)
-    flat[0] = 0.01
+    flat = torch.linspace(0.01, 0, VOCAB)
     assert FIRST_CANDIDATES < VOCAB // 2
     ids = draws(flat, Sampling(1.0, top_p=0.99999), 6000)
     assert len(ids.unique()) == VOCAB

@@ -72,3 +72,12 @@ def test_nan_of_one_token_stays_its_own() -> None:
     out = moe(x)
     assert out[2].isnan().all()
     torch.testing.assert_close(out[[0, 1, 3]], expected[[0, 1, 3]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_all_experts_in_one_product_equal_one_after_another(tokens: int) -> None:
+    moe = filled(CONFIG)
+    generator = torch.Generator().manual_seed(tokens)
+    ends = torch.randint(6, (tokens,), generator=generator).bincount(minlength=6).cumsum(0)
+    x = torch.randn(tokens, 32, generator=generator)
+    torch.testing.assert_close(moe.compute_grouped(x, ends), moe.compute_each(x, ends), rtol=0, atol=1e-5)
