@@ -71,7 +71,9 @@ def join(device: str = "auto") -> Iterator[Ranks]:
 
 def set_threads(ranks_on_host: int) -> None:
     """Share this host's processors evenly among its ranks; torchrun would leave each rank a single thread."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+    # What this process may use, where the system can say so; in a container that is less than the machine has.
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, processors // ranks_on_host))
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
