@@ -23,15 +23,16 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
@@ -77,17 +78,51 @@ INSTALL_LINE = (
 # ---------------------------------------------------------------------------------------------- any Redis
 
 
+class _PromptWrites:
+    """The client wraps each write in asyncio.wait_for, which before Python 3.12 may swallow the cancellation of its task: a reader that
+    left, or a server that ends, would wait for ever. The same limit, kept by asyncio.timeout."""
+
+    socket_timeout: float | None
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        limit_s, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(limit_s):
+                await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except TimeoutError as error:
+            raise redis_errors.TimeoutError("timeout writing to socket") from error
+        finally:
+            self.socket_timeout = limit_s
+
+
+class _Tcp(_PromptWrites, Connection):
+    pass
+
+
+class _Tls(_PromptWrites, SSLConnection):
+    pass
+
+
+class _Unix(_PromptWrites, UnixDomainSocketConnection):
+    pass
+
+
+_CONNECTIONS = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
+
+
 def connect(url: str) -> Redis:
-    """A client with decoded answers, a bounded pool and a deadline on every call. Does not connect yet."""
-    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
-    pool = BlockingConnectionPool.from_url(
-        url,
+    """A client with decoded answers, a bounded pool and a deadline on every call. Does not connect yet. Raises ValueError for a URL
+    that is none of redis://, rediss:// and unix://."""
+    options: dict[str, Any] = dict(parse_url(url))
+    options["connection_class"] = _CONNECTIONS[options.get("connection_class", Connection)]
+    pool = BlockingConnectionPool(
         max_connections=MAX_CONNECTIONS,
         timeout=CALL_TIMEOUT_S,
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CALL_TIMEOUT_S,
         decode_responses=True,
-        retry=retry,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
+        **options,
     )
     return Redis.from_pool(pool)
 
@@ -121,7 +156,12 @@ async def open_redis(redis_url: str | None, data_dir: Path, *, durability: Durab
         if not redis_url:
             embedded = await stack.enter_async_context(EmbeddedRedis(data_dir, durability=durability))
             redis_url = embedded.url
-        redis = connect(redis_url)
+        try:
+            redis = connect(redis_url)
+        except ValueError as error:
+            raise Unavailable(
+                f"--redis_url is {_without_password(redis_url)}; it must begin with redis://, rediss:// or unix://"
+            ) from error
         stack.push_async_callback(redis.aclose)
         await check(redis, _without_password(redis_url))
         yield redis
@@ -129,7 +169,7 @@ async def open_redis(redis_url: str | None, data_dir: Path, *, durability: Durab
 
 def _without_password(url: str) -> str:
     parts = urlsplit(url)
-    return parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 # ---------------------------------------------------------------------------------------------- binaries
@@ -353,7 +393,8 @@ class EmbeddedRedis:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
         try:
-            await asyncio.wait_for(child.wait(), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await child.wait()
         except TimeoutError:
             LOG.error("redis_killed pid=%s: it did not end within %g s", child.pid, STOP_TIMEOUT_S)
             child.kill()

@@ -1,0 +1,484 @@
+"""What a follower is promised: every token once, in order, then one end, whatever the live channel loses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+import mixtral_server.relay
+from mixtral_client.protocol import FrameError, event_id, ids_crc, parse_event_id
+from mixtral_server.errors import JobNotFound, RedisUnavailable
+from mixtral_server.queue import Entry, JobQueue, QueueLimits, Snapshot
+from mixtral_server.redis_server import connect
+from mixtral_server.relay import MAX_KEPT_TOKENS, Cursor, Followed, Relay
+from support.queue_bench import ENDPOINT, Bench, frame
+from support.redis import RedisProcess, redis_binary
+
+HANG_S = 30.0
+
+
+@pytest.fixture
+async def relay(redis: Redis, queue: JobQueue) -> AsyncIterator[Relay]:
+    async with Relay(redis, queue) as relay:
+        yield relay
+
+
+@pytest.fixture
+def deaf_relay(redis: Redis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> Relay:
+    """One whose live channel brings nothing: it has only its looks at the log."""
+    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 0.02)
+    return Relay(redis, queue)
+
+
+class Reader:
+    """A client: keeps all it was told, and checks it as it comes."""
+
+    def __init__(self, relay: Relay, job: str, after: int = 0, crc: int | None = None) -> None:
+        self.events: list[Followed] = []
+        self.text = ""
+        self._source = relay.follow(job, after, crc)
+        self._task = asyncio.create_task(self._read())
+        self._changed = asyncio.Event()
+
+    async def _read(self) -> None:
+        async with aclosing(self._source) as events:  # type: ignore[type-var]
+            async for followed in events:
+                self.events.append(followed)
+                match followed.event.event:
+                    case "token":
+                        self.text += followed.event.text
+                    case "rewind":
+                        self.text = self.text[: followed.event.to]
+                self._changed.set()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [followed.event.event for followed in self.events]
+
+    @property
+    def tokens(self) -> list[Followed]:
+        return [followed for followed in self.events if followed.event.event == "token"]
+
+    async def until(self, *kinds: str) -> None:
+        """Wait until the last events are these."""
+        async with asyncio.timeout(HANG_S):
+            while self.kinds[-len(kinds) :] != list(kinds):
+                await self._next()
+
+    async def until_text(self, text: str) -> None:
+        async with asyncio.timeout(HANG_S):
+            while self.text != text:
+                await self._next()
+
+    async def _next(self) -> None:
+        self._changed.clear()
+        change = asyncio.create_task(self._changed.wait())
+        await asyncio.wait({self._task, change}, return_when=asyncio.FIRST_COMPLETED)
+        change.cancel()
+        if self._task.done() and not self._changed.is_set():
+            await self._task
+            raise AssertionError(f"the events ended with {self.kinds[-3:]}, {self.text!r}")
+
+    async def end(self) -> list[Followed]:
+        async with asyncio.timeout(HANG_S):
+            await self._task
+        return self.events
+
+    async def leave(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+async def test_a_follower_gets_every_token_once_in_order_and_then_one_end(bench: Bench, relay: Relay) -> None:
+    job_id = await bench.put()
+    reader = Reader(relay, job_id)
+    await reader.until("queued")
+    worker = await bench.worker()
+    [job] = await worker.take()
+    for offset, letters in ((1, "a"), (2, "bcd"), (5, "ef")):
+        await worker.turn(frame(job, offset, letters))
+    await worker.turn(frame(job, 7, "g", finish="stop", prompt_tokens=3))
+    await reader.end()
+    assert reader.kinds == ["queued", *["token"] * 7, "done"]
+    assert reader.text == "abcdefg"
+    assert [followed.event.offset for followed in reader.tokens] == list(range(1, 8))  # type: ignore[union-attr]
+    assert [followed.ids for followed in reader.tokens] == [(ord(letter),) for letter in "abcdefg"]
+    done = reader.events[-1].event
+    assert done.event == "done"
+    assert (done.finish, done.usage.completion_tokens, done.usage.prompt_tokens) == ("stop", 7, 3)
+
+
+async def test_event_ids_name_offset_and_the_ids_so_far(bench: Bench, relay: Relay) -> None:
+    job_id, worker = await bench.put(), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "ab"))
+    reader = Reader(relay, job_id)
+    await reader.until_text("ab")
+    await worker.turn(frame(job, 3, "c", finish="stop"))
+    await reader.end()
+    ids = [ord(letter) for letter in "abc"]
+    assert [followed.id for followed in reader.tokens] == [event_id(n, ids_crc(ids[:n])) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("after", range(7))
+async def test_a_reader_resumes_after_any_event_exactly(bench: Bench, relay: Relay, after: int) -> None:
+    job_id, worker = await bench.put(), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abc"))
+    await worker.turn(frame(job, 4, "def"))
+    crc = ids_crc(map(ord, "abcdef"[:after]))
+    readers = [Reader(relay, job_id, after, crc), Reader(relay, job_id, after)]
+    for reader in readers:
+        await reader.until_text("abcdef"[after:])
+    await worker.turn(frame(job, 7, "g", finish="stop"))
+    for reader in readers:
+        await reader.end()
+        assert reader.text == "abcdefg"[after:]
+        assert reader.kinds == [*["token"] * (7 - after), "done"]
+        assert reader.tokens[-1].id == event_id(7, ids_crc(map(ord, "abcdefg")))
+
+
+@pytest.mark.parametrize(("after", "crc"), [(4, ids_crc(map(ord, "abcd"))), (4, None), (2, ids_crc(map(ord, "aX"))), (3, 0)])
+async def test_a_reader_ahead_of_or_beside_the_log_is_told_to_rewind(bench: Bench, relay: Relay, after: int, crc: int | None) -> None:
+    job_id, worker = await bench.put(), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abc", finish="stop"))
+    events = await Reader(relay, job_id, after, crc).end()
+    assert [followed.event.event for followed in events] == ["rewind", "token", "token", "token", "done"]
+    assert events[0].event.to == 0  # type: ignore[union-attr]
+    assert parse_event_id(events[0].id or "") == (0, 0)
+
+
+async def test_a_follower_of_an_ended_job_gets_all_of_it(bench: Bench, relay: Relay) -> None:
+    worker, job_id = await bench.worker(), await bench.put()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abc", finish="length"))
+    reader = Reader(relay, job_id)
+    assert len(await reader.end()) == 4
+    assert reader.text == "abc"
+
+
+async def test_every_way_to_end_is_one_terminal_event(bench: Bench, relay: Relay) -> None:
+    worker = await bench.worker()
+    failed, cancelled, expired = [await bench.put(queue_timeout_s=60) for _ in range(3)]
+    readers = [Reader(relay, job) for job in (failed, cancelled, expired)]
+    for reader in readers:
+        await reader.until("queued")
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "a", error=FrameError(code="numerical_error", message="met NaN")))
+    await bench.queue.cancel(cancelled)
+    await bench.queue.reap(ENDPOINT)
+    await bench.redis.zadd(bench.shard.key("deadlines"), {expired: 1})
+    await bench.queue.reap(ENDPOINT)
+    last = [(await reader.end())[-1].event for reader in readers]
+    assert [event.event for event in last] == ["error", "done", "done"]
+    assert last[0].event == "error"
+    assert (last[0].error.code, last[0].error.message) == ("numerical_error", "met NaN")
+    assert [event.finish for event in last if event.event == "done"] == ["cancelled", "expired"]
+    assert all(sum(kind in ("done", "error") for kind in reader.kinds) == 1 for reader in readers)
+
+
+async def test_a_waiting_follower_hears_its_place_when_it_changes(bench: Bench, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixtral_server.relay, "MIN_PLACE_EVERY_S", 0.02)
+    monkeypatch.setattr(mixtral_server.relay, "PLACE_EVERY_S", 0.0)
+    jobs = [await bench.put() for _ in range(3)]
+    reader = Reader(relay, jobs[2])
+    await reader.until("queued")
+    for job in jobs[:2]:
+        told = len(reader.events)
+        await bench.queue.cancel(job)
+        async with asyncio.timeout(HANG_S):
+            while len(reader.events) == told:
+                await reader._next()
+    assert [followed.event.position for followed in reader.events] == [3, 2, 1]  # type: ignore[union-attr]
+    await reader.leave()
+
+
+async def test_a_moved_job_tells_its_follower_and_goes_on(bench: Bench, relay: Relay) -> None:
+    job_id, dead = await bench.put(), await bench.worker()
+    [job] = await dead.take()
+    await dead.turn(frame(job, 1, "abc"))
+    reader = Reader(relay, job_id)
+    await reader.until_text("abc")
+    await bench.lapse(dead)
+    await bench.queue.reap(ENDPOINT)
+    await reader.until("moved", "queued")
+    worker = await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 4, "de", finish="stop"))
+    await reader.end()
+    assert reader.text == "abcde"
+    moved = next(followed.event for followed in reader.events if followed.event.event == "moved")
+    assert moved.attempt == 2
+    assert reader.kinds.count("moved") == 1
+
+
+async def test_many_followers_of_one_job_each_get_all(bench: Bench, relay: Relay) -> None:
+    job_id, worker = await bench.put(max_tokens=100), await bench.worker()
+    readers = [Reader(relay, job_id) for _ in range(20)]
+    [job] = await worker.take()
+    for offset in range(1, 50):
+        await worker.turn(frame(job, offset, "x"))
+    await worker.turn(frame(job, 50, "y", finish="stop"))
+    for reader in readers:
+        await reader.end()
+        assert reader.text == "x" * 49 + "y"
+    assert relay.followers == 0
+
+
+async def test_jobs_do_not_mix(bench: Bench, relay: Relay) -> None:
+    worker = await bench.worker()
+    readers = {job: Reader(relay, job) for job in [await bench.put() for _ in range(5)]}
+    jobs = await worker.take(5)
+    await worker.turn(*(frame(job, 1, chr(97 + number) * 3) for number, job in enumerate(jobs)))
+    await worker.turn(*(frame(job, 4, "", finish="stop") for job in jobs))
+    for number, job in enumerate(jobs):
+        await readers[job.id].end()
+        assert readers[job.id].text == chr(97 + number) * 3
+
+
+async def test_a_deaf_follower_still_gets_everything(bench: Bench, deaf_relay: Relay) -> None:
+    """A lost message, even the last, must not hang a reader."""
+    job_id, worker = await bench.put(), await bench.worker()
+    reader = Reader(deaf_relay, job_id)
+    await reader.until("queued")
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abc"))
+    await reader.until_text("abc")
+    await worker.turn(frame(job, 4, "d", finish="stop"))
+    await reader.end()
+    assert reader.text == "abcd"
+
+
+async def test_a_cut_live_channel_is_opened_again_and_nothing_is_lost(bench: Bench, relay: Relay) -> None:
+    job_id, worker = await bench.put(max_tokens=1000), await bench.worker()
+    [job] = await worker.take()
+    reader = Reader(relay, job_id)
+    for offset in range(1, 200):
+        if offset % 40 == 0:
+            assert await bench.redis.client_kill_filter(_type="pubsub") >= 0
+        await worker.turn(frame(job, offset, chr(97 + offset % 26)))
+    await worker.turn(frame(job, 200, "!", finish="stop"))
+    await reader.end()
+    assert reader.text == "".join(chr(97 + offset % 26) for offset in range(1, 200)) + "!"
+
+
+async def test_a_follower_that_lags_keeps_a_bounded_buffer_and_misses_nothing(bench: Bench, relay: Relay) -> None:
+    count = 3 * MAX_KEPT_TOKENS
+    job_id, worker = await bench.put(max_tokens=2 * count), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "a"))
+    source = relay.follow(job_id)
+    first = await anext(source)
+    assert first.ids == (ord("a"),)
+    witness = Reader(relay, job_id)
+    for offset in range(2, count, 256):
+        await worker.turn(frame(job, offset, "x" * 256))
+    n = (await bench.queue.read(job_id, 2**40)).n
+    await witness.until_text("a" + "x" * (n - 1))
+    [slow] = [news for news in relay._followers[job_id] if news._tokens or news.must_look]
+    assert slow._tokens <= MAX_KEPT_TOKENS
+    await worker.turn(frame(job, n + 1, "z", finish="stop"))
+    rest = [followed async for followed in source]
+    assert [followed.event.offset for followed in rest if followed.event.event == "token"] == list(range(2, n + 2))
+    assert rest[-1].event.event == "done"
+    await witness.end()
+
+
+async def test_a_follower_that_leaves_is_forgotten(bench: Bench, relay: Relay) -> None:
+    job_id = await bench.put()
+    reader = Reader(relay, job_id)
+    await reader.until("queued")
+    assert relay.followers == 1
+    await reader.leave()
+    assert relay.followers == 0
+
+
+async def test_an_unknown_job_is_not_found(bench: Bench, relay: Relay) -> None:
+    with pytest.raises(JobNotFound):
+        await anext(relay.follow(bench.shard.new_id()))
+    assert relay.followers == 0
+
+
+async def test_a_job_that_redis_lost_ends_with_an_error(bench: Bench, deaf_relay: Relay) -> None:
+    job_id = await bench.put()
+    reader = Reader(deaf_relay, job_id)
+    await reader.until("queued")
+    await bench.redis.flushall()
+    events = await reader.end()
+    assert events[-1].event.event == "error"
+    assert events[-1].event.error.code == "job_not_found"
+
+
+async def test_a_log_that_lost_a_suffix_rewinds_its_reader_and_never_forks(bench: Bench, deaf_relay: Relay) -> None:
+    """Redis failed over to a replica that lacked the last tokens, and another worker wrote others in their place."""
+    job_id, worker = await bench.put(max_tokens=20), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abcd"))
+    await worker.turn(frame(job, 5, "efgh"))
+    reader = Reader(deaf_relay, job_id)
+    await reader.until_text("abcdefgh")
+    async with bench.redis.pipeline() as failover:
+        failover.delete(bench.shard.key(f"log:{job_id}"))
+        ids = "[" + ",".join(str(ord(letter)) for letter in "abcd") + "]"
+        failover.xadd(bench.shard.key(f"log:{job_id}"), {"ids": ids, "texts": '["a","b","c","d"]'}, id="4-0")
+        failover.hset(bench.shard.key(f"job:{job_id}"), "n", 4)
+        await failover.execute()
+    await reader.until("rewind")
+    assert reader.text == "abcd"
+    await worker.turn(frame(job, 5, "EF", finish="stop"))
+    await reader.end()
+    assert reader.text == "abcdEF"
+
+
+@pytest.fixture(params=["6.2", "7.0"])
+def own_redis(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
+    with RedisProcess(redis_binary(request.param), "--appendonly", "yes") as server:
+        yield server
+
+
+async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess) -> None:
+    redis = connect(own_redis.url)
+    bench = Bench(JobQueue(redis, {ENDPOINT: QueueLimits()}), redis)
+    job_id, worker = await bench.put(), await bench.worker()
+    async with Relay(redis, bench.queue) as relay:
+        [job] = await worker.take()
+        await worker.turn(frame(job, 1, "abc"))
+        reader = Reader(relay, job_id)
+        await reader.until_text("abc")
+        own_redis.crash()
+        with pytest.raises(RedisUnavailable):
+            await anext(relay.follow(job_id))
+        own_redis.start()
+        await worker.turn(frame(job, 1, "abcdef", finish="stop"))
+        await reader.end()
+    assert reader.text == "abcdef"
+    assert reader.kinds == [*["token"] * 6, "done"]
+    await redis.aclose()
+
+
+# ------------------------------------------------------------------------------------------------ parked turns
+
+
+async def subscribed(relay: Relay) -> Relay:
+    """Once the live channel is open: its opening counts as a wake."""
+    async with asyncio.timeout(HANG_S):
+        await relay.work(ENDPOINT, HANG_S, 0)
+    return relay
+
+
+async def test_a_new_job_wakes_every_parked_turn(bench: Bench, relay: Relay) -> None:
+    await subscribed(relay)
+    turns = [asyncio.create_task(relay.work(ENDPOINT, HANG_S)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await bench.put()
+    assert await asyncio.gather(*turns) == [True, True, True]
+
+
+async def test_a_returned_job_wakes_parked_turns(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.put()
+    await worker.take()
+    async with Relay(bench.redis, bench.queue) as relay:
+        await subscribed(relay)
+        turn = asyncio.create_task(relay.work(ENDPOINT, HANG_S))
+        await asyncio.sleep(0)
+        await worker.close()
+        assert await turn is True
+
+
+async def test_a_job_between_a_turn_and_its_parking_is_noticed(bench: Bench, relay: Relay) -> None:
+    seen = (await subscribed(relay)).wakes(ENDPOINT)
+    other = asyncio.create_task(relay.work(ENDPOINT, HANG_S))
+    await asyncio.sleep(0)
+    await bench.put()
+    await other
+    assert await relay.work(ENDPOINT, HANG_S, seen) is True
+
+
+async def test_without_work_a_parked_turn_is_let_go_when_its_time_is_over(relay: Relay) -> None:
+    await subscribed(relay)
+    assert await relay.work(ENDPOINT, 0.01) is False
+    assert await relay.work(ENDPOINT, 0.01, relay.wakes(ENDPOINT)) is False
+
+
+# ------------------------------------------------------------------------------------------------ the cursor
+
+
+def snapshot_of(log: list[Entry], after: int, attempt: int = 1) -> Snapshot:
+    n = sum(len(entry.ids) for entry in log)
+    entries = tuple(entry for entry in log if entry.first + len(entry.ids) - 1 > after)
+    return Snapshot("j", ENDPOINT, "ann", "", "streaming", 0, 0.0, attempt, n, entries)
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.lists(st.integers(0, 3), min_size=1, max_size=4), st.booleans()),
+        st.tuples(st.just("repeat"), st.integers(0, 100), st.just(True)),
+        st.tuples(st.just("look"), st.booleans(), st.just(True)),
+        st.tuples(st.just("lose suffix"), st.integers(0, 12), st.just(True)),
+    ),
+    max_size=40,
+)
+
+
+@given(steps, st.integers(0, 6))
+def test_whatever_is_lost_or_repeated_the_reader_ends_with_the_log(plan: list[tuple[str, object, bool]], after: int) -> None:
+    """Messages lost or told again, looks at any moment, logs that lose a suffix and grow another: each event is right when it comes."""
+    log: list[Entry] = []
+    cursor = Cursor(after, ids_crc([1] * after))
+    sent = [1] * after  # what a resuming client holds
+
+    def deliver(events: list[Followed] | None) -> bool:
+        for followed in events or ():
+            if followed.event.event == "rewind":
+                del sent[followed.event.to :]
+            if followed.event.event == "token":
+                sent.extend(followed.ids)
+                assert followed.event.offset == len(sent)
+            assert followed.id == event_id(len(sent), ids_crc(sent))
+        return events is not None
+
+    def look(*, start_over: bool) -> None:
+        if start_over or not deliver(cursor.catch_up(snapshot_of(log, cursor.offset))):
+            deliver(cursor.start_over(snapshot_of(log, 0)))
+
+    look(start_over=True)
+    for kind, what, is_heard in plan:
+        if kind == "append":
+            assert isinstance(what, list)
+            entry = Entry(1 + sum(len(entry.ids) for entry in log), tuple(what), tuple(map(str, what)))
+            log.append(entry)
+            if is_heard and not deliver(cursor.add(entry)):
+                look(start_over=False)
+        elif kind == "repeat" and log:
+            assert isinstance(what, int)
+            if not deliver(cursor.add(log[what % len(log)])):
+                look(start_over=False)
+        elif kind == "look":
+            look(start_over=bool(what))
+        elif kind == "lose suffix":
+            assert isinstance(what, int)
+            del log[len(log) - min(what, len(log)) :]
+            look(start_over=True)  # a lost suffix comes with a lost connection
+    look(start_over=False)
+    assert sent == [token for entry in log for token in entry.ids]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.lists(st.integers(1, 2), min_size=16, max_size=16))
+def test_each_return_to_the_queue_is_told_once(sees_waiting: list[bool], looks: list[int]) -> None:
+    cursor, told = Cursor(), []
+    cursor.start_over(snapshot_of([], 0, 1))
+    for attempt, sees in enumerate(sees_waiting, 1):
+        waiting, leased = replace(snapshot_of([], 0, attempt), state="waiting"), snapshot_of([], 0, attempt + 1)
+        for snapshot in [waiting] * (looks[attempt] * sees) + [leased] * looks[attempt + 1]:
+            told += cursor.catch_up(snapshot) or []
+    assert [followed.event.event for followed in told] == ["moved"] * len(sees_waiting)
+    assert [followed.event.attempt for followed in told] == list(range(2, len(told) + 2))  # type: ignore[union-attr]
