@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from math import ceil
+from typing import cast
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -50,6 +51,8 @@ def answering(service: Service) -> Middleware:
         request[REQUEST_ID] = request_id_of(request)
         began = time.monotonic()
         status = 499  # the client left before there was an answer
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        service.requests.add(task)
         try:
             try:
                 response = await handler(request)
@@ -62,6 +65,7 @@ def answering(service: Service) -> Middleware:
             status = response.status
             return response
         finally:
+            service.requests.discard(task)
             _note(service.metrics, request, status, time.monotonic() - began)
 
     return around

@@ -26,7 +26,7 @@ from mixtral_server.answers import add_headers, answering, expect
 from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, KeyRing
 from mixtral_server.database import Database, DatabaseError, first_line
-from mixtral_server.door import connection_options, open_door
+from mixtral_server.door import connection_options, listen, open_door
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.history import History
 from mixtral_server.limiter import Limiter
@@ -37,6 +37,7 @@ from mixtral_server.relay import Relay
 from mixtral_server.routes import jobs, openai, pages, status, worker
 from mixtral_server.routes.service import PublicRoute, Route, Service, Stages, is_set_within
 from mixtral_server.settings import Settings
+from mixtral_server.tasks import end
 from mixtral_server.upkeep import upkeep_of
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Started:
 async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], stages: Stages, on_started: Callable[[Started], None]) -> None:
     """Run a server until stages.leaving is set, then end it in order. Raises StartError, ServiceError, SchemaError."""
     async with AsyncExitStack() as stack:
-        listening = stack.enter_context(listen(settings.host, settings.port))
+        listening = stack.enter_context(take_port(settings.host, settings.port))
         make_data_dir(settings.data_path)
         database = Database(settings.sql_url)
         stack.push_async_callback(database.close)
@@ -106,8 +107,7 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
         finally:
             for stage in (stages.leaving, stages.draining, stages.closing):
                 stage.set()
-            for task in upkeep:
-                task.cancel()
+            await end(upkeep)
 
 
 async def _answer_until_the_end(
@@ -127,6 +127,7 @@ async def _answer_until_the_end(
         listener.close()
     finally:
         await runner.cleanup()
+        await end(service.requests)  # they give back what they hold before the stores are closed
 
 
 async def _wind_down(service: Service) -> None:
@@ -157,16 +158,13 @@ def limits_of(endpoint: EndpointConfig) -> QueueLimits:
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port before anything else is started. Raises StartError."""
+def take_port(host: str, port: int) -> socket.socket:
+    """Before anything else is started. Raises StartError."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        is_dual = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_dual)
+        return listen(host, port)
     except OSError as error:
-        raise StartError(
-            f"port {port} on {host} cannot be used: {error.strerror}; end what holds it, or give another --port or --host"
-        ) from error
+        sentence = f"port {port} on {host} cannot be used: {error.strerror}; end what holds it, or give another --port or --host"
+        raise StartError(sentence) from error
 
 
 def make_data_dir(path: Path) -> None:

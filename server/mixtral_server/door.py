@@ -23,6 +23,20 @@ from mixtral_server.settings import Settings
 log = logging.getLogger(__name__)
 
 
+BACKLOG = 1024
+SEND_BUFFER_BYTES = 128 * 1024
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    is_dual = host == "::" and socket.has_dualstack_ipv6()
+    listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    # Every connection takes it over: what the kernel keeps for a reader that takes nothing would else grow to 4 MiB each.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    return listening
+
+
 def connection_options(settings: Settings) -> dict[str, Any]:
     return {"keepalive_timeout": settings.keepalive_s, "auto_decompress": False, "lingering_time": 2.0}
 
@@ -114,4 +128,4 @@ async def open_door(settings: Settings, metrics: Metrics, server: web.Server, li
     """Take connections from now on."""
     loop = asyncio.get_running_loop()
     door = Door(settings, metrics)
-    return await loop.create_server(lambda: Connection(door, server, loop), sock=listening, backlog=1024)
+    return await loop.create_server(lambda: Connection(door, server, loop), sock=listening, backlog=BACKLOG)

@@ -59,7 +59,8 @@ class _Running:
 class ScriptedWorker:
     """`async with ScriptedWorker(url, key) as worker:`
 
-    pause_after: tokens after which every job waits for worker.go; fail: how every job ends instead of with tokens; per_turn: tokens a turn.
+    pause_after: tokens after which every job waits for worker.go; fail: how every job ends instead of with tokens; per_turn: tokens a turn;
+    length: tokens of a whole answer.
     """
 
     url: str
@@ -67,6 +68,7 @@ class ScriptedWorker:
     endpoint: str = "mixtral_chat"
     slots: int = 4
     per_turn: int = 3
+    length: int = FULL_LENGTH
     pause_after: int | None = None
     fail: FrameError | None = None
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,8 +99,11 @@ class ScriptedWorker:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.vanish()
         headers = {"Authorization": f"Bearer {self.key}"}
-        async with aiohttp.request("DELETE", f"{self.url}/v1/worker/sessions/{self.session}", headers=headers) as answer:
-            assert answer.status in (200, 503), await answer.text()
+        try:
+            async with aiohttp.request("DELETE", f"{self.url}/v1/worker/sessions/{self.session}", headers=headers) as answer:
+                assert answer.status in (200, 503), await answer.text()
+        except aiohttp.ClientConnectionError:
+            pass  # the server ended first: its sessions lapse
 
     async def vanish(self) -> None:
         """Stop as a killed process does: no word to the server."""
@@ -139,7 +144,7 @@ class ScriptedWorker:
         job = one.job
         if self.fail is not None:
             return Frame(job=job.id, attempt=job.attempt, offset=one.produced + 1, error=self.fail)
-        whole = min(job.spec.max_tokens, FULL_LENGTH)
+        whole = min(job.spec.max_tokens, self.length)
         upto = min(one.produced + self.per_turn, whole)
         if self.pause_after is not None and not self.go.is_set():
             upto = min(upto, self.pause_after)
@@ -148,18 +153,30 @@ class ScriptedWorker:
             return None
         tokens = [token(prompt_of(job.spec), offset) for offset in offsets]
         first, one.produced = one.produced + 1, upto
-        finish = None if upto < whole else "length" if job.spec.max_tokens <= FULL_LENGTH else "stop"
+        finish = None if upto < whole else "length" if job.spec.max_tokens <= self.length else "stop"
         return Frame(
             job=job.id,
             attempt=job.attempt,
             offset=first,
             ids=[number for number, _ in tokens],
-            texts=[text for _, text in tokens],
+            texts=[self.text(text) for _, text in tokens],
             finish=finish,
             prompt_tokens=len(prompt_of(job.spec).split()),
         )
 
+    def text(self, word: str) -> str:
+        """What is sent for a word; a test may have it otherwise."""
+        return word
+
     async def _post(self, path: str, body: dict[str, object]) -> object:
-        async with self._http.post(self.url + path, json=body) as answer:
-            assert answer.status in (200, 201), f"{path}: {answer.status} {await answer.text()}"
-            return await answer.json()
+        """Sent again, the same, while the server or its Redis is away: every call may be repeated."""
+        while True:
+            try:
+                async with self._http.post(self.url + path, json=body) as answer:
+                    if answer.status in (200, 201):
+                        return await answer.json()
+                    if answer.status != 503:
+                        raise AssertionError(f"{path}: {answer.status} {await answer.text()}")
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.02)

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from mixtral_client.protocol import TERMINAL_EVENTS
 from mixtral_server.relay import Followed
+from mixtral_server.tasks import end
 
 MOST_AHEAD = 256  # events held for one reader; each is one token
 
@@ -42,8 +43,7 @@ class Following:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._register.discard(self)
         if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.wait([self._pump])
+            await end([self._pump])
 
     def stop(self) -> None:
         """The server is stopping: batch() hands out what is held, then nothing more."""

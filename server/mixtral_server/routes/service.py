@@ -59,6 +59,8 @@ class Service:
     now_s: Callable[[], float]
     stages: Stages = field(default_factory=Stages)
     followings: set[Following] = field(default_factory=set)
+    requests: set[asyncio.Task[object]] = field(default_factory=set)
+    """The handlers at work; the stores they use are closed after the last of them."""
 
     def endpoint(self, model: str, caller: Caller) -> EndpointConfig:
         """Raises ModelNotFound for a name that is none, NotAllowed for one that the caller's key is not for."""
