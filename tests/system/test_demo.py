@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,36 +45,39 @@ def processes_naming(text: str) -> list[str]:
     return lines
 
 
-def start(data_dir: Path, port: int) -> Running:
-    """Start the demo and read its output up to its last line of greeting."""
-    process = subprocess.Popen(
-        [sys.executable, "demo.py", "--port", str(port), "--data_dir", str(data_dir)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=(data_dir.parent / f"{data_dir.name}.err").open("w"),
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if "Ctrl-C ends all of it" in line:
-            return Running(process, printed, data_dir, port)
-    raise AssertionError(f"the demo ended with {process.wait()}: {(data_dir.parent / f'{data_dir.name}.err').read_text()}")
+@contextmanager
+def demo_running(data_dir: Path, port: int) -> Iterator[Running]:
+    """The demo, from its last line of greeting on; killed on leaving if the test did not stop it."""
+    command = [sys.executable, "demo.py", "--port", str(port), "--data_dir", str(data_dir)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as process,
+    ):
+        assert process.stdout is not None
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "Ctrl-C ends all of it" in line:
+                break
+        else:
+            errors.seek(0)
+            raise AssertionError(f"the demo ended with {process.wait()}: {errors.read()}")
+        try:
+            yield Running(process, printed, data_dir, port)
+        finally:
+            if process.poll() is None:
+                stop(process)
 
 
-def stop(running: Running) -> int:
-    running.process.send_signal(signal.SIGINT)
-    return running.process.wait(HANG_GUARD_S)
+def stop(process: subprocess.Popen[str]) -> int:
+    process.send_signal(signal.SIGINT)
+    return process.wait(HANG_GUARD_S)
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    house = start(tmp_path_factory.mktemp("demo") / "data", demo.free_port("127.0.0.1"))
-    yield house
-    if house.process.poll() is None:
-        stop(house)
+    with demo_running(tmp_path_factory.mktemp("demo") / "data", demo.free_port("127.0.0.1")) as house:
+        yield house
 
 
 @pytest.mark.timeout(300)
@@ -114,20 +119,20 @@ def test_ctrl_c_ends_all_of_it_and_a_second_start_keeps_the_keys(running: Runnin
     keys = (running.data_dir / "keys.env").read_text()
     family = [pid for pid in _pids() if _descends_from(pid, running.process.pid)]
     assert len(family) >= 4, "demo's server, Redis, torchrun and its rank"
-    assert stop(running) == 0
+    assert stop(running.process) == 0
     _wait_until_gone(family)
-    again = start(running.data_dir, running.port)
-    assert (again.data_dir / "keys.env").read_text() == keys
-    assert stop(again) == 0
+    with demo_running(running.data_dir, running.port) as again:
+        assert (again.data_dir / "keys.env").read_text() == keys
+        assert stop(again.process) == 0
 
 
 @pytest.mark.timeout(300)
 def test_killing_the_demo_outright_leaves_no_orphan(tmp_path: Path) -> None:
-    house = start(tmp_path / "data", demo.free_port("127.0.0.1"))
-    family = [pid for pid in _pids() if _descends_from(pid, house.process.pid)]
-    house.process.kill()
-    house.process.wait(HANG_GUARD_S)
-    _wait_until_gone(family)
+    with demo_running(tmp_path / "data", demo.free_port("127.0.0.1")) as house:
+        family = [pid for pid in _pids() if _descends_from(pid, house.process.pid)]
+        house.process.kill()
+        house.process.wait(HANG_GUARD_S)
+        _wait_until_gone(family)
 
 
 def test_full_disk_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
