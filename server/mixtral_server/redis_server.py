@@ -212,7 +212,10 @@ def version_of(binary: Path) -> tuple[int, ...]:
 
 
 class EmbeddedRedis:
-    """`async with EmbeddedRedis(data_dir) as embedded:` – then connect(embedded.url). It answers from the first line on."""
+    """`async with EmbeddedRedis(data_dir) as embedded:` – then connect(embedded.url). It answers from the first line on.
+
+    Enter it from a thread that lives as long as the server: on Linux the child ends with the thread that started it.
+    """
 
     def __init__(self, data_dir: Path, *, durability: Durability = "standard", binary: Path | None = None) -> None:
         self._folder = data_dir.absolute() / "redis"
@@ -295,7 +298,7 @@ class EmbeddedRedis:
             try:
                 await self._start()
                 pause_s = 0.0
-            except Unavailable as error:
+            except (Unavailable, OSError) as error:
                 pause_s = min(MAX_RESTART_PAUSE_S, 2 * pause_s + 0.2)
                 LOG.error("redis_not_started next_try_s=%.1f: %s", pause_s, error)
 

@@ -89,6 +89,14 @@ async def test_running_jobs_count_when_a_user_begins_to_wait(bench: Bench) -> No
     assert await bench.waiting_order() == [first_of_bob, more_of_ann]
 
 
+async def test_running_jobs_count_once_for_a_user_who_comes_back(bench: Bench) -> None:
+    of_bob, of_zoe = [await bench.put("bob") for _ in range(8)], await bench.put("zoe")
+    worker = await bench.worker()
+    assert of_zoe in [job.id for job in await worker.take(6)]
+    again = await bench.put("zoe")  # one job of hers runs, five of Bob's do
+    assert (await bench.waiting_order())[:2] == [again, of_bob[5]]
+
+
 async def test_old_use_is_forgotten_once_nobody_waits(bench: Bench) -> None:
     await bench.put("ann", max_tokens=1000)
     worker = await bench.worker()
@@ -417,6 +425,18 @@ async def test_a_frame_of_an_older_attempt_changes_nothing(bench: Bench) -> None
     assert await bench.state(job_id) == "streaming"
 
 
+async def test_a_worker_that_holds_an_older_attempt_drops_it_and_is_given_the_new_one(bench: Bench) -> None:
+    worker, job_id = await bench.worker(), await bench.put()
+    [old] = await worker.take()
+    await worker.turn(frame(old, 1, "a", release=True), lose_answer=True)
+    worker.holding = {}
+    await worker.turn(room=1, lose_answer=True)
+    worker.holding = {job_id: old.attempt}
+    answer = await worker.turn(room=1)
+    assert [(drop.job, drop.attempt) for drop in answer.drops] == [(job_id, 1)]
+    assert [(job.id, job.attempt, job.produced_ids) for job in answer.jobs] == [(job_id, 2, [97])]
+
+
 async def test_every_turn_renews_the_lease(bench: Bench) -> None:
     worker = await bench.worker()
     await bench.lapse(worker)
@@ -438,13 +458,14 @@ async def test_a_lost_answer_leaks_no_job_and_leases_none_twice(bench: Bench) ->
 
 
 async def test_a_repeat_of_the_last_turn_gets_the_same_answer(bench: Bench) -> None:
-    for _ in range(6):
+    for _ in range(4):
         await bench.put()
     worker = await bench.worker()
     running, other = await worker.take(2)
     frames = (frame(running, 1, "ab"), frame(other, 3, "x"))
-    first = await worker.turn(*frames, room=2, lose_answer=True)
-    repeat = await worker.turn(*frames, room=2, number=worker.number)
+    first = await worker.turn(*frames, room=5, lose_answer=True)
+    await bench.put()
+    repeat = await worker.turn(*frames, room=5, number=worker.number)
     assert repeat == first
     assert len(repeat.jobs) == 2
     assert (await bench.queue.depth(ENDPOINT)).running == 4

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
 from mixtral_client.protocol import Frame, FrameError, JobSpec, SessionRequest, TurnAnswer, TurnRequest
@@ -78,6 +78,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.sessions: list[Session] = []
         self.ghosts: list[Session] = []  # lapsed or closed
         self.keys: dict[str, str] = {}  # idempotency key → job
+
+    @initialize(jobs=st.integers(0, 6), workers=st.integers(0, 3))
+    def begin(self, jobs: int, workers: int) -> None:
+        for number in range(jobs):
+            self.put(("ann", "bob")[number % 2], 0, 4 + number, 1.0, number == 3, None)
+        for number in range(workers):
+            self.open_session(4 - number)
 
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(step)

@@ -83,8 +83,9 @@ end
 -- ---------------------------------------------------------------------------------------- fair share
 -- Per priority: ':ring' orders the users with waiting jobs by virtual time, the units they were served; the least served is next.
 -- A user who comes joins at the level of the user served last (':vclock'), or of the least served if that is lower: time spent away
--- earns nothing. Who leaves with more than that is remembered in ':spent'. While nobody waits there is nothing to share, and all
--- of it is forgotten but for ':load', the units of running jobs, which are charged in advance by estimate and corrected at the end.
+-- earns nothing. Who leaves is remembered in ':spent', so that coming back earns nothing either. While nobody waits there is nothing
+-- to share, and all of it is forgotten but for ':load', the units of running jobs, which are charged in advance by estimate and
+-- corrected at the end.
 
 local function head_of_ring(prio)
   local head = call('ZRANGE', ring_key(prio), 0, 0, 'WITHSCORES')
@@ -96,18 +97,11 @@ local function level(prio)
   return math.min(tonumber(call('HGET', t .. ':vclock', prio) or 0), least or 0)
 end
 
-local function remember_spent(prio, user, at)
-  local spent, base = spent_key(prio), level(prio)
-  call('ZADD', spent, at, user)
-  call('ZREMRANGEBYSCORE', spent, '-inf', base)
-  call('ZREMRANGEBYRANK', spent, 0, -MAX_SPENT - 1)
-end
-
 local function join_ring(prio, user)
   if call('ZSCORE', ring_key(prio), user) then return end
   local base = level(prio)
   local at = call('ZSCORE', spent_key(prio), user) or base + (call('HGET', load_key(prio), user) or 0)
-  call('ZADD', ring_key(prio), math.max(base, tonumber(at)), user)
+  call('ZADD', ring_key(prio), math.max(base, at), user)
   call('ZREM', spent_key(prio), user)
   call('HSET', floor_key(prio), user, base)
 end
@@ -120,18 +114,20 @@ local function leave_ring(prio, user)
     call('DEL', spent_key(prio))
     call('HDEL', t .. ':vclock', prio)
   else
-    remember_spent(prio, user, at)
+    call('ZADD', spent_key(prio), at, user)
+    call('ZREMRANGEBYRANK', spent_key(prio), 0, -MAX_SPENT - 1) -- the least of them stand where they would join anew
   end
 end
 
--- Move a user's virtual time; back no further than where it stood when the user began to wait.
+-- Move a user's virtual time; back no further than where it stood when the user began to wait. One who was not seen since all was
+-- forgotten joins with what ':load' says.
 local function charge(prio, user, units)
   local at = call('ZSCORE', ring_key(prio), user)
   if at then
-    local floor = tonumber(call('HGET', floor_key(prio), user) or 0)
+    local floor = tonumber(call('HGET', floor_key(prio), user))
     call('ZADD', ring_key(prio), math.max(floor, at + units), user)
-  elseif call('EXISTS', ring_key(prio)) == 1 then
-    remember_spent(prio, user, (call('ZSCORE', spent_key(prio), user) or level(prio)) + units)
+  elseif call('ZSCORE', spent_key(prio), user) then
+    call('ZINCRBY', spent_key(prio), units, user)
   end
 end
 
