@@ -158,7 +158,7 @@ class FakeServer:
         self.sessions[session.id] = session
         await self._notify()
         answer = SessionAnswer(session=session.id, lease_s=self.lease_s, report_interval_ms=self.report_interval_ms)
-        return web.Response(body=answer.model_dump_json(), content_type="application/json")
+        return web.Response(status=201, body=answer.model_dump_json(), content_type="application/json")
 
     async def _log_out(self, request: web.Request) -> web.Response:
         if (refusal := self._refusal(request)) is not None:

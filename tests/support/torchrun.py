@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import signal
 import socket
 import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_S = 90.0
+HANG_S = 60.0
 
 
 class Torchrun:
     """A running torchrun; its stderr as lines, its ranks as process ids."""
 
-    def __init__(self, command: list[str], cwd: Path, environment: Mapping[str, str], stdin: int) -> None:
+    def __init__(self, command: list[str], cwd: Path, environment: Mapping[str, str], stdin: int, stdout: int) -> None:
         self.process = subprocess.Popen(
-            command, cwd=cwd, env=dict(environment), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            cwd=cwd,
+            env=dict(environment),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_own_terminal if stdin >= 0 and os.isatty(stdin) else None,
         )
         self.log: list[str] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -70,9 +80,19 @@ class Torchrun:
         return self.process.wait(HANG_S)
 
 
+def _own_terminal() -> None:
+    """The terminal at stdin sends its Ctrl-C to this process, as to a program started from a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 @contextmanager
 def torchrun(
-    arguments: list[str], cwd: Path = ROOT, environment: Mapping[str, str] | None = None, stdin: int = subprocess.DEVNULL
+    arguments: list[str],
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    launcher: tuple[str, ...] = (str(Path(sys.executable).parent / "torchrun"),),
 ) -> Iterator[Torchrun]:
     """`torchrun arguments`, on a rendezvous port of its own; nothing of it is left when the block ends."""
     with socket.socket() as probe:
@@ -80,7 +100,7 @@ def torchrun(
         port = probe.getsockname()[1]
     own = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
     own |= {"PET_MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1", **(environment or {})}
-    started = Torchrun([str(Path(os.sys.executable).parent / "torchrun"), *arguments], cwd, own, stdin)  # type: ignore[attr-defined]
+    started = Torchrun([*launcher, *arguments], cwd, own, stdin, stdout)
     ranks: list[int] = []
     try:
         yield started
@@ -97,8 +117,8 @@ def torchrun(
                 pass
         started.process.wait()
         started.reader.join(HANG_S)
-        assert started.process.stdout is not None
-        started.process.stdout.close()
+        if started.process.stdout is not None:
+            started.process.stdout.close()
 
 
 def _parent(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,8 +23,11 @@ STORY = [("user", "Tell me a story about a cat and a dog.")]
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> TinyWorker:
-    return TinyWorker.load(write_tiny_worker(tmp_path_factory.mktemp("tiny")))
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyWorker]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread is no faster on so small a model, and much slower on a busy machine
+    yield TinyWorker.load(write_tiny_worker(tmp_path_factory.mktemp("tiny")))
+    torch.set_num_threads(threads)
 
 
 class Leader:

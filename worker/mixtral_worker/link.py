@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import queue
 import random
 import threading
@@ -32,6 +33,8 @@ from mixtral_worker.telemetry import LOG, Telemetry, line
 POLL_TIMEOUT_S = 35.0  # the server parks an idle worker's turn for up to 25 s
 CONNECT_TIMEOUT_S = 10.0
 LOGOUT_TIMEOUT_S = 2.0
+LOOK_AGAIN_S = 0.5
+IDLE_TURNS_APART_S = 0.25
 MAX_PAUSE_S = 5.0
 MAX_RETRY_AFTER_S = 30.0
 REMIND_EVERY_S = 30.0
@@ -208,6 +211,7 @@ class Link:
         self._closing = asyncio.Event()
         self._session: SessionAnswer | None = None
         self._last_turn_s = 0.0
+        self._idle_gap_s = 0.0
         self._failures = 0  # calls in a row without an answer
         self._lost_since_s = 0.0
         self._reminded_s = 0.0
@@ -343,25 +347,24 @@ class Link:
             self._absorb(request, *await self._answer_to(http, request, session))
 
     async def _until_due(self, session: SessionAnswer) -> None:
-        """Return when the next turn should go out: at once with a first token or an end, after the report interval with other news,
-        in time to renew the lease without; at once, too, when idle: then the server holds the turn until there is work."""
         while not self._closing.is_set():
-            now_s = time.monotonic()
             self._news.clear()
-            if now_s - self._last_beat_s > session.lease_s:
-                due_s = now_s + 0.5  # the step loop hangs: let the lease lapse
-            elif not self._held:
-                if not self._draining.is_set():
-                    return
-                due_s = now_s + session.lease_s / 3
-            elif self._urgent:
+            now_s = time.monotonic()
+            due_s = self._due_s(session, now_s)
+            if due_s <= now_s:
                 return
-            else:
-                renew_s = session.lease_s / 3
-                due_s = self._last_turn_s + (min(session.report_interval_ms / 1000, renew_s) if self._has_news() else renew_s)
-                if now_s >= due_s:
-                    return
-            await self._news_until(due_s)
+            await self._news_until(min(due_s, now_s + LOOK_AGAIN_S))
+
+    def _due_s(self, session: SessionAnswer, now_s: float) -> float:
+        """When the next turn should go out, if nothing happens until then."""
+        if now_s - self._last_beat_s > session.lease_s:
+            return math.inf  # the step loop hangs: let the lease lapse
+        if not self._held:  # the server holds an idle worker's turn until there is work
+            return math.inf if self._draining.is_set() else self._last_turn_s + self._idle_gap_s
+        if self._urgent:
+            return now_s
+        renew_s = session.lease_s / 3
+        return self._last_turn_s + (min(session.report_interval_ms / 1000, renew_s) if self._has_news() else renew_s)
 
     async def _news_until(self, due_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -432,6 +435,8 @@ class Link:
             for held in unreadable:
                 self._held.setdefault((held.job, held.attempt), held)
             self._unsent = sum(held.unsent for held in self._held.values())
+        came_in_vain = not request.holding and not answer.jobs
+        self._idle_gap_s = IDLE_TURNS_APART_S if came_in_vain else 0.0  # a server that shuts down holds no turn
         if answer.drain and not self._draining.is_set():
             self._draining.set()
             self._events.put(DrainAsked())

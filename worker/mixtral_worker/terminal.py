@@ -99,13 +99,13 @@ class TerminalChat:
     def _converse(self) -> int:
         self._show("Chat with the model. /help lists the commands.\n")
         while (message := self._read_message()) is not None:
-            command, _, rest = message.partition(" ")
             if not message:
                 continue
-            if command == "/quit":
-                break
             if message.startswith("/"):
-                self._show(self._command(command, rest.strip()) + "\n")
+                command, *rest = message.split(maxsplit=1)
+                if command == "/quit":
+                    break
+                self._show(self._command(command, "".join(rest)) + "\n")
                 continue
             end = self._ask(message)
             if isinstance(end, FrameError):
