@@ -54,12 +54,13 @@ class Parameters:
 
 def parameters(model: ModelConfig) -> Parameters:
     queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    routers = model.n_experts if model.n_experts > 1 else 0  # a dense model chooses nothing
     return Parameters(
         experts=model.n_layers * model.n_experts * 3 * model.dim * model.hidden_dim,
         attention=model.n_layers * 2 * model.dim * (queries + keys),
         embedding=model.vocab_size * model.dim,
         head=model.vocab_size * model.dim,
-        routers_norms=model.n_layers * model.dim * (model.n_experts + 2) + model.dim,
+        routers_norms=model.n_layers * model.dim * (routers + 2) + model.dim,
     )
 
 

@@ -21,6 +21,10 @@ FAILED, WRONG_SETTINGS = 1, 2
 
 def main() -> None:
     rank, argv = int(os.environ.get("RANK", "0")), sys.argv[1:]
+    if argv[:1] == ["capacity"]:
+        from mixtral_worker import capacity_cli
+
+        sys.exit(0 if rank else capacity_cli.main(argv[1:]))
     if rank and {"-h", "--help"} & set(argv):
         sys.exit(0)
     try:
