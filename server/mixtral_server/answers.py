@@ -74,7 +74,8 @@ def answering(service: Service) -> Middleware:
 def _answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
     known = as_service_error(request, error)
     if known.status >= 500 and not isinstance(error, ServiceError):
-        log.error("event=internal_error request=%s method=%s path=%s", request[REQUEST_ID], request.method, request.path, exc_info=error)
+        path = word(request.path)
+        log.error("event=internal_error request=%s method=%s path=%s", request[REQUEST_ID], request.method, path, exc_info=error)
     if request.get(IS_PREPARED):
         # The head is out: a second one would be read as part of the body. Break off, which no reader takes for a clean end.
         if request.transport is not None:

@@ -69,11 +69,11 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
     async with AsyncExitStack() as stack:
         listening = stack.enter_context(take_port(settings.host, settings.port))
         make_data_dir(settings.data_path)
-        database = Database(settings.sql_url)
-        stack.push_async_callback(database.close)
-        accounts, history = Accounts(database), History(database)
-        ring = KeyRing(accounts.keys, settings, time.monotonic, DatabaseError)
         try:
+            database = Database(settings.sql_url)
+            stack.push_async_callback(database.close)
+            accounts, history = Accounts(database), History(database)
+            ring = KeyRing(accounts.keys, settings, time.monotonic, DatabaseError)
             await database.make_ready()
             first_keys = await accounts.create_first_keys(time.time())
             cookie_secret = await accounts.shared_secret("visitor_cookie")

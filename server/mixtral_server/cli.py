@@ -21,7 +21,7 @@ from mixtral_server.accounts import Accounts, KeyNotFound
 from mixtral_server.apikeys import SCOPES, Scope
 from mixtral_server.app import Started, StartError, serve
 from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
-from mixtral_server.endpoints import EndpointConfig, EndpointError, read_endpoints
+from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoints
 from mixtral_server.errors import ServiceError
 from mixtral_server.routes.service import Stages
 from mixtral_server.settings import ENVIRONMENT_PREFIX, SettingError, Settings, knobs, load_settings, shipped
@@ -48,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     try:
         settings = load_settings(_given(flags), os.environ, Path(".env"))
-        endpoints = read_endpoints(_endpoint_folder(settings))
+        endpoints = _endpoints(settings)
     except (SettingError, EndpointError) as error:
         _end(f"mixtral-server: {error}", 2)
-    _log_to_stderr(settings.log_level)
     try:
         if flags.command is None:
+            _log_to_stderr(settings.log_level)
             asyncio.run(_serve(settings, endpoints))
         else:
             _maintain(settings, flags)
@@ -123,8 +123,11 @@ def _given(flags: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(flags).items() if name in knobs()}
 
 
-def _endpoint_folder(settings: Settings) -> Path:
-    return Path(settings.endpoint_dir) if settings.endpoint_dir else shipped("server/endpoints", "endpoints")
+def _endpoints(settings: Settings) -> Mapping[str, EndpointConfig]:
+    folder = Path(settings.endpoint_dir) if settings.endpoint_dir else shipped("server/endpoints", "endpoints")
+    if not settings.endpoint_dir and not folder.is_dir():
+        return {BUILT_IN.name: BUILT_IN}
+    return read_endpoints(folder)
 
 
 # ---------------------------------------------------------------------------------------------- commands

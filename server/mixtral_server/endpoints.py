@@ -54,6 +54,10 @@ class EndpointConfig(BaseModel):
         return self
 
 
+BUILT_IN = EndpointConfig(name="mixtral_chat", title="Mixtral chat", description="Chat with Mixtral on your own machines.")
+"""What the shipped file says, for an installation without it."""
+
+
 def read_endpoint(path: Path) -> EndpointConfig:
     """Raises EndpointError with one sentence for a file that is unreadable, not TOML, or holds a wrong value."""
     try:

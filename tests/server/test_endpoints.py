@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_server.endpoints import EndpointConfig, EndpointError, read_endpoint, read_endpoints
+from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoint, read_endpoints
 from mixtral_server.settings import shipped
 
 
@@ -26,6 +26,10 @@ def test_shipped_endpoint_is_mixtral_chat_with_the_documented_defaults() -> None
 def test_shipped_file_says_nothing_else_than_the_defaults_of_the_table() -> None:
     chat = read_endpoints(shipped("server/endpoints", "endpoints"))["mixtral_chat"]
     assert chat == EndpointConfig(name="mixtral_chat", title=chat.title, description=chat.description)
+
+
+def test_shipped_file_and_what_is_built_in_are_the_same() -> None:
+    assert read_endpoints(shipped("server/endpoints", "endpoints")) == {BUILT_IN.name: BUILT_IN}
 
 
 @pytest.mark.parametrize(

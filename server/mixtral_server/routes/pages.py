@@ -6,6 +6,7 @@ Leaves the page to the frontend folder and the JavaScript client to its own; bot
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import orjson
@@ -25,6 +26,7 @@ CONTENT_TYPES = {
     ".ico": "image/x-icon",
     ".woff2": "font/woff2",
 }
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -92,7 +94,7 @@ def _page_folder(settings: Settings) -> Path:
 def _named_file(request: web.Request, folder: Path) -> web.Response:
     name = request.match_info["file"]
     # One plain name of a known kind: no folder, no hidden file, no way out of this one.
-    if Path(name).name != name or name.startswith(".") or Path(name).suffix not in CONTENT_TYPES:
+    if not PLAIN_NAME.fullmatch(name) or Path(name).suffix not in CONTENT_TYPES:
         raise _not_found(request)
     return _file(request, folder / name)
 

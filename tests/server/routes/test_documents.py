@@ -1,0 +1,58 @@
+"""docs/api.md names every route, event, error and metric, and no others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+from mixtral_client.protocol import DoneEvent, ErrorEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent
+from mixtral_server import errors
+from mixtral_server.app import ROUTES
+from mixtral_server.metrics import Metrics
+from mixtral_server.routes.service import Route
+
+API = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without code marks."""
+    section = re.split(rf"^#+ {heading}$", API, flags=re.M)[1].split("\n#")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_route_is_listed_with_its_scope() -> None:
+    listed = {row[0]: row[1] for row in rows("Routes")}
+    assert listed == {f"{route.method} {route.path}": route.scope if isinstance(route, Route) else "–" for route in ROUTES}
+
+
+def test_every_event_is_listed_with_its_fields() -> None:
+    listed = {row[0]: row[1].split(", ") for row in rows("Events")}
+    kinds = (QueuedEvent, TokenEvent, MovedEvent, RewindEvent, DoneEvent, ErrorEvent)
+    assert set(kinds) == set(get_args(JobEvent))
+    assert listed == {kind.model_fields["event"].default: [name for name in kind.model_fields if name != "event"] for kind in kinds}
+
+
+def classes(kind: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in classes(child))]
+
+
+def test_every_error_is_listed_with_its_status() -> None:
+    listed = {(int(row[0]), row[1]) for row in rows("Errors")}
+    assert listed == {(one.status, one.code) for one in classes(errors.ServiceError) if one is not errors.JobFailed}
+
+
+def test_tree_at_the_top_of_errors_is_the_tree() -> None:
+    assert errors.__doc__ is not None
+    drawn = re.findall(r"(\w+) +(\d{3}) (\w+)$", errors.__doc__, re.M)
+    known = {(one.__name__, str(one.status), one.code) for one in classes(errors.ServiceError) if one is not errors.JobFailed}
+    assert set(drawn) == known
+    assert "JobFailed" in errors.__doc__
+
+
+def test_every_metric_is_listed() -> None:
+    shown = Metrics().render({}).decode()
+    kinds = dict(re.findall(r"^# TYPE (mixtral_\w+) (\w+)$", shown, re.M))
+    names = {name for name in kinds if not name.endswith("_created")}
+    assert {row[0] for row in rows("Metrics")} == names

@@ -1,0 +1,81 @@
+"""Numbers that no request shows: the event loop, the ledger's way, tasks that fail and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from mixtral_server.errors import RedisUnavailable
+from mixtral_server.metrics import Metrics, QueueNumbers
+from mixtral_server.tasks import end
+from mixtral_server.upkeep import every, watch_loop
+from support.http import until
+
+
+def value(metrics: Metrics, name: str) -> float:
+    lines = metrics.render({}).decode().splitlines()
+    return float(next(line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")))
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        await end([task])
+
+
+async def test_event_loop_that_stood_still_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    async with running(watch_loop(metrics)):
+        await asyncio.sleep(0)  # the watch has begun its nap of 100 ms
+        time.sleep(0.35)  # noqa: ASYNC251 - blocking the loop is what is tested
+        await until(lambda: value(metrics, "mixtral_loop_blocked_total") >= 1)
+    assert "event=loop_blocked ms=" in caplog.text
+
+
+async def test_task_beside_the_requests_outlives_a_store_that_is_away_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    rounds: list[int] = []
+
+    async def work() -> None:
+        rounds.append(len(rounds))
+        if 2 <= len(rounds) <= 5:
+            raise RedisUnavailable("Redis does not answer")
+
+    caplog.set_level("INFO")
+    async with running(every(0.001, "reap", work, metrics)) as task:
+        await until(lambda: len(rounds) > 6)
+        assert not task.done()
+    assert value(metrics, 'mixtral_upkeep_failures_total{task="reap"}') == 4
+    assert caplog.text.count("event=upkeep_failed task=reap") == 1
+    assert caplog.text.count("event=upkeep_back task=reap") == 1
+
+
+async def test_mistake_in_a_task_beside_the_requests_is_not_swallowed() -> None:
+    async def work() -> None:
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError):
+        await every(0.001, "reap", work, Metrics())
+
+
+def test_queue_numbers_are_those_of_this_scrape_alone() -> None:
+    metrics = Metrics()
+    numbers = QueueNumbers(waiting=3, running=1, workers=1, users_waiting=2, unsaved_usage=0, dead_letters=0, tokens=5, ended={"done": 4})
+    shown = metrics.render({"mixtral_chat": numbers}).decode()
+    assert 'mixtral_queue_waiting{endpoint="mixtral_chat"} 3.0' in shown
+    assert 'mixtral_jobs_ended_total{endpoint="mixtral_chat",state="done"} 4.0' in shown
+    assert "mixtral_chat" not in metrics.render({}).decode()
+
+
+def test_two_servers_in_one_process_do_not_share_counts() -> None:
+    first, second = Metrics(), Metrics()
+    first.readers_dropped.inc()
+    assert value(second, "mixtral_readers_dropped_total") == 0
