@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from mixtral_worker.detokenizer import Detokenizer
 
 from mixtral_client.protocol import FrameError, WorkerJob
-from mixtral_worker.engine import Engine
 from mixtral_worker.link import DrainAsked, End, JobDropped, JobTaken, Link, LinkEnded, Piece
 from mixtral_worker.plan import Kind, PlanCodec, Sampling, StepPlan
 from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_text
-from mixtral_worker.ranks import Ranks
 from mixtral_worker.scheduler import DoesNotFit, Scheduler, Sequence
 from mixtral_worker.telemetry import LOG, SUMMARY_EVERY_S, Rate, Telemetry, line
 from mixtral_worker.tokenizer import Tokenizer
 from mixtral_worker.watchdog import Watchdog
+
+if TYPE_CHECKING:  # the loop itself needs no torch, and so starts in half a second where another engine stands in
+    from mixtral_worker.engine import Engine
+    from mixtral_worker.ranks import Ranks
 
 IDLE_WAIT_S = 0.25
 HEARTBEAT_EVERY_S = 1.0
