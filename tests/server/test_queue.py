@@ -81,6 +81,25 @@ async def test_time_away_earns_no_share(bench: Bench) -> None:
     assert order[:5] == [of_zoe[0], of_bob[10], of_zoe[1], of_bob[11], of_zoe[2]]
 
 
+async def test_coming_back_earns_no_share(bench: Bench) -> None:
+    of_bob, _ = [await bench.put("bob") for _ in range(20)], await bench.put("zoe")
+    worker = await bench.worker()
+    await worker.take(10)
+    of_zoe = [await bench.put("zoe") for _ in range(4)]
+    assert (await bench.waiting_order())[:4] == [of_zoe[0], of_bob[9], of_zoe[1], of_bob[10]]
+
+
+async def test_what_an_early_end_gives_back_is_no_credit_for_a_time_away(bench: Bench) -> None:
+    of_bob = [await bench.put("bob", max_tokens=97) for _ in range(30)]
+    await bench.put("zoe", max_tokens=997)
+    worker = await bench.worker()
+    [long] = [job for job in await worker.take(15) if job.spec.max_tokens == 997]
+    of_zoe = [await bench.put("zoe", max_tokens=97) for _ in range(4)]
+    await worker.turn(frame(long, 1, "a", finish="stop"))
+    # 999 of the 1,000 units charged for it come back, but Bob was served 1,400 meanwhile: she has missed nothing.
+    assert (await bench.waiting_order())[:4] == [of_zoe[0], of_bob[14], of_zoe[1], of_bob[15]]
+
+
 async def test_running_jobs_count_when_a_user_begins_to_wait(bench: Bench) -> None:
     await bench.put("ann", max_tokens=1000)
     worker = await bench.worker()

@@ -25,7 +25,9 @@ HANG_S = 30.0
 
 
 @pytest.fixture
-async def relay(redis: Redis, queue: JobQueue) -> AsyncIterator[Relay]:
+async def relay(redis: Redis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Relay]:
+    """One that never looks at the log for want of news: all comes by the live channel, or because it was cut."""
+    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)
     async with Relay(redis, queue) as relay:
         yield relay
 

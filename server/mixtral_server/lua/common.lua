@@ -137,12 +137,10 @@ local function estimated_units(job) return units(job, math.max(1, job.estimate -
 
 -- The lease of a job ends: what was charged in advance becomes what it really took.
 local function settle(job)
-  if job.cost == 0 then return end
   if call('HINCRBY', load_key(job.prio), job.owner, -job.cost) <= 0 then call('HDEL', load_key(job.prio), job.owner) end
   local produced = job.n - job.base
   local took = produced > 0 and units(job, produced + job.prompt_tokens) or 0
   charge(job.prio, job.owner, took - job.cost)
-  job.cost = 0
 end
 
 -- ---------------------------------------------------------------------------------------- finish rate
@@ -219,7 +217,7 @@ end
 local function requeue(job)
   call('HDEL', held_key(job.session), job.id)
   settle(job)
-  call('HSET', job_key(job.id), 'state', 'waiting', 'session', '', 'cost', 0)
+  call('HSET', job_key(job.id), 'state', 'waiting')
   job.state = 'waiting'
   enqueue(job)
   tell(job.id)

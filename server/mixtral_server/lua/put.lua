@@ -38,7 +38,7 @@ if unsaved >= tonumber(ARGV[15]) then return {'unsaved', unsaved} end
 
 call('HSET', job_key(id), 'state', 'waiting', 'owner', owner, 'prio', prio, 'weight', ARGV[4], 'estimate', ARGV[5],
   'max', ARGV[6], 'spec', ARGV[7], 'title', ARGV[8], 'ttl', ARGV[9], 'idem', idem, 'created', now,
-  'arrival', call('INCR', t .. ':arrivals'), 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0, 'session', '')
+  'arrival', call('INCR', t .. ':arrivals'), 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0)
 if idem ~= '' then
   call('DEL', idem)
   call('HSET', idem, 'job', id, 'body', ARGV[12])
