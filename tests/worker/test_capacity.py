@@ -99,6 +99,13 @@ def test_sizes_of_both_mixtrals(model: str, gib: tuple[float, ...], kv_kib: int,
     assert capacity.parameters(shape).total / 1e9 == pytest.approx(billions, rel=0.001)
 
 
+def test_dense_relatives_have_the_parameters_that_their_makers_count() -> None:
+    mistral_7b = ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, n_experts=1, experts_per_token=1)
+    llama_2_70b = ModelConfig(8192, 80, 64, 8, 128, 28672, 32000, n_experts=1, experts_per_token=1)
+    assert [capacity.parameters(shape).total for shape in (mistral_7b, llama_2_70b)] == [7_241_732_096, 68_976_648_192]
+    assert capacity.experts_read(mistral_7b, 8) == 1, "a dense layer is read once, whatever the batch"
+
+
 @pytest.mark.parametrize(
     ("precision", "gigabytes"),
     [

@@ -165,7 +165,8 @@ def _model(asked: str) -> tuple[str, ModelConfig, int]:
     if not folder.is_dir():
         raise SettingsRefused(f"--model {asked} is neither {' nor '.join(capacity.MODELS)} nor a folder; give one of them")
     model = ModelConfig.read(folder)
-    longest = json.loads((folder / "params.json").read_text(encoding="utf-8")).get("max_seq_len")
+    params = folder / "params.json"
+    longest = json.loads(params.read_text(encoding="utf-8")).get("max_seq_len") if params.is_file() else None
     return folder.resolve().name, model, longest or CONTEXT_OF_MIXTRAL
 
 
