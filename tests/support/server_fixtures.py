@@ -69,7 +69,7 @@ async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite+aiosqlite:///{tmp_path / 'test.sqlite3'}"
     cluster: PostgresProcess = request.getfixturevalue("postgres")
-    return await cluster.new_database()
+    return await cluster.emptied()
 
 
 @pytest.fixture
