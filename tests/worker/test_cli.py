@@ -91,6 +91,10 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused_before_any_weight_i
     assert_one_sentence(worker("--ckpt_dir", str(tmp_path), "--tokenizer_path", str(tiny)), 2, "320 ids", "the model 310")
 
 
+def test_a_rank_count_that_the_model_cannot_be_split_by_is_refused_with_those_that_work(tiny: Path) -> None:
+    assert_one_sentence(worker("--ckpt_dir", str(tiny), RANK="0", WORLD_SIZE="3"), 2, "3 ranks", "1, 2 or 4")
+
+
 async def test_a_server_that_refuses_the_key_ends_the_worker_with_code_1_and_its_sentence(tiny: Path) -> None:
     async with serving() as server:
         arguments = ("--ckpt_dir", str(tiny), "--api_server", server.url)

@@ -19,6 +19,7 @@ from mixtral_client.protocol import ChatMessage, JobSpec, Sampling
 from support.tiny_worker import TinyWorker, reference, write_tiny_worker
 from support.torchrun import HANG_S, Torchrun, torchrun
 
+ALONE = (sys.executable, "-m", "worker")
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 
 
@@ -64,7 +65,7 @@ def chat(tiny: Path) -> Iterator[tuple[Terminal, Torchrun]]:
     terminal = Terminal()
     arguments = ["--nproc_per_node", "2", "worker", "--ckpt_dir", str(tiny), "--temperature", "0"]
     with torchrun(arguments, stdin=terminal.theirs, stdout=terminal.theirs) as worker:
-        terminal.read_until("> ")
+        assert terminal.read_until("> ") == "Chat with the model. /help lists the commands.\n> "
         yield terminal, worker
     terminal.close()
 
@@ -176,18 +177,27 @@ def test_ctrl_c_at_the_prompt_ends_every_rank(chat: tuple[Terminal, Torchrun]) -
             os.kill(rank, 0)
 
 
-@pytest.mark.parametrize("goodbye", [b"/quit\n", CTRL_D], ids=["quit", "end of input"])
-def test_without_torchrun_a_chat_starts_and_ends_with_code_0(tiny: Path, goodbye: bytes) -> None:
+def test_a_chat_without_torchrun_ends_with_code_0_at_the_end_of_input(tiny: Path) -> None:
     terminal = Terminal()
-    launcher = (sys.executable, "-m", "worker")
-    with torchrun(["--ckpt_dir", str(tiny)], stdin=terminal.theirs, stdout=terminal.theirs, launcher=launcher) as worker:
+    with torchrun(["--ckpt_dir", str(tiny)], stdin=terminal.theirs, stdout=terminal.theirs, launcher=ALONE) as worker:
         terminal.read_until("> ")
-        terminal.type(goodbye)
+        terminal.type(CTRL_D)
         assert worker.wait() == 0
     terminal.close()
 
 
+def test_a_pipe_is_one_message_and_stdout_holds_nothing_but_the_answer(tiny: Path) -> None:
+    with torchrun(["--ckpt_dir", str(tiny), "--temperature", "0"], stdin=subprocess.PIPE, launcher=ALONE) as worker:
+        assert worker.process.stdin is not None
+        assert worker.process.stdout is not None
+        with worker.process.stdin as pipe:
+            pipe.write(b"Two lines\nof one message\n")
+        shown = worker.process.stdout.read().decode()
+        assert worker.wait() == 0
+    assert shown == answer(tiny, ("user", "Two lines\nof one message")) + "\n"
+
+
 def test_an_empty_pipe_is_told_what_to_do(tiny: Path) -> None:
-    with torchrun(["--ckpt_dir", str(tiny)], stdin=subprocess.DEVNULL, launcher=(sys.executable, "-m", "worker")) as worker:
+    with torchrun(["--ckpt_dir", str(tiny)], stdin=subprocess.DEVNULL, launcher=ALONE) as worker:
         assert worker.wait() == 2
         assert "--api_server" in worker.rest_of_log()

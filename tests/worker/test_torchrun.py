@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from mixtral_client.protocol import ChatMessage, JobSpec, Sampling
 from support.fake_server import KEY, serving
 from support.tiny_worker import TinyWorker, reference, write_tiny_worker
 from support.torchrun import ROOT, torchrun
@@ -84,25 +82,3 @@ def test_a_setting_that_cannot_work_is_one_sentence_from_rank_0_and_a_code_that_
         said = [line for line in worker.rest_of_log().splitlines() if line.startswith("mixtral-worker:")]
     assert len(said) == 1
     assert "MIXTRAL_WORKER_KEY" in said[0]
-
-
-def test_a_rank_count_that_the_model_cannot_be_split_by_names_those_that_work(tiny: Path) -> None:
-    with torchrun(["--nproc_per_node", "3", "worker", "--ckpt_dir", str(tiny)]) as worker:
-        assert worker.wait() != 0
-        said = [line for line in worker.rest_of_log().splitlines() if line.startswith("mixtral-worker:")]
-    assert len(said) == 1
-    assert "3 ranks" in said[0]
-    assert "1, 2 or 4" in said[0]
-
-
-def test_a_pipe_gets_the_whole_of_stdin_as_one_message_and_only_the_answer_on_stdout_from_two_ranks(tiny: Path) -> None:
-    with torchrun(["--nproc_per_node", "2", "worker", "--ckpt_dir", str(tiny), "--temperature", "0"], stdin=subprocess.PIPE) as worker:
-        assert worker.process.stdin is not None
-        assert worker.process.stdout is not None
-        with worker.process.stdin as pipe:
-            pipe.write(b"Two lines\nof one message\n")
-        answer = worker.process.stdout.read().decode()
-        assert worker.wait() == 0
-    message = ChatMessage(role="user", content="Two lines\nof one message")
-    spec = JobSpec(messages=[message], max_tokens=10_000, seed=0, sampling=Sampling(temperature=0))
-    assert answer == reference(TinyWorker.load(tiny), spec).text + "\n"

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from mixtral_worker.detokenizer import Detokenizer
-
 from mixtral_client.protocol import FrameError, WorkerJob
+from mixtral_worker.detokenizer import Detokenizer
 from mixtral_worker.link import DrainAsked, End, JobDropped, JobTaken, Link, LinkEnded, Piece
 from mixtral_worker.plan import Kind, PlanCodec, Sampling, StepPlan
 from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_text
@@ -263,6 +262,7 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
         plan = None if link.is_full else batch.plan_step()
         if plan is None:
             crew.idle()
+            link.telemetry, summary_due_s = batch.telemetry(), now_s + SUMMARY_EVERY_S
             continue
         link.report(batch.record(plan, crew.step(plan)))
         link.telemetry = batch.telemetry()
