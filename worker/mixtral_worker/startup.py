@@ -1,7 +1,7 @@
 """From settings to a running rank: refuse what cannot work, read this rank's share of the weights, then serve, chat or follow rank 0.
 
 Decides the order of these steps, and how long a context and how large a KV cache this worker has. Every rank comes to the same refusals
-before any of them reads weights, so that none is left waiting in a collective.
+before any of them meets the others, so that none is left waiting.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ PROGRESS_EVERY_S = 2.0
 
 def run(settings: Settings, signals: Signals) -> int:
     """Work as this rank until there is an orderly end; returns the exit code. Raises one of REFUSALS, LinkRefused, or what broke."""
+    config = ModelConfig.read(settings.ckpt_dir)
+    config.require_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    params = json.loads((settings.ckpt_dir / "params.json").read_text(encoding="utf-8"))
+    max_seq_len = _max_seq_len(settings, params.get("max_seq_len"))
+    tokenizer = _tokenizer(settings.tokenizer_path, config)
+    prompt_format = resolve_format(tokenizer, params.get("prompt_format"), settings.prompt_format)
     with ExitStack() as stack:
         with redirect_stdout(io.StringIO()):  # fairscale prints, and stdout is the answer's
             here = stack.enter_context(ranks.join(settings.device))
-        config = ModelConfig.read(settings.ckpt_dir)
-        config.require_ranks(here.world)
-        params = json.loads((settings.ckpt_dir / "params.json").read_text(encoding="utf-8"))
-        max_seq_len = _max_seq_len(settings, params.get("max_seq_len"))
-        tokenizer = _tokenizer(settings.tokenizer_path, config)
-        prompt_format = resolve_format(tokenizer, params.get("prompt_format"), settings.prompt_format)
         engine = _load(settings, config, here, max_seq_len)
         codec = PlanCodec(settings.max_batch_size, max_seq_len, PREFILL_CHUNK + settings.max_batch_size, BLOCK_SIZE)
         watchdog = Watchdog(here.rank, settings.step_timeout_s)
