@@ -24,12 +24,19 @@ class PostgresProcess:
             nobody = pwd.getpwnam("nobody")
             os.chown(self._folder, nobody.pw_uid, nobody.pw_gid)
         self._run("initdb", "-U", "mixtral", "-A", "trust", "--no-sync")
-        self._run("pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", f"-k {self._folder} -c listen_addresses='' -c fsync=off", "start")
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+        self.stop()
         shutil.rmtree(self._folder)
+
+    def start(self) -> None:
+        self._run("pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", f"-k {self._folder} -c listen_addresses='' -c fsync=off", "start")
+
+    def stop(self) -> None:
+        """As a crash leaves it; start() brings it back."""
+        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
 
     async def emptied(self) -> str:
         """The URL of its database, without what earlier tests left there."""

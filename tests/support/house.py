@@ -102,6 +102,11 @@ class Replica(Program):
     async def ready(self) -> None:
         await asyncio.to_thread(self.wait_ready)
 
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=END_S) as answer:
+            text: str = answer.read().decode()
+            return text
+
     def readiness(self) -> int:
         """Status of /readyz; 0 when nobody answers."""
         try:
