@@ -28,10 +28,13 @@ from mixtral_server.errors import (
 )
 from mixtral_server.metrics import Metrics
 from mixtral_server.routes.body import too_large
-from mixtral_server.routes.service import IS_PREPARED, JOB_ID, REQUEST_ID, Service
+from mixtral_server.routes.service import ALLOWANCE, IS_PREPARED, JOB_ID, REQUEST_ID, Service
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("mixtral_server.access")
+
+FREQUENT = ("/v1/worker/turn", "/livez", "/readyz", "/metrics")
+"""Routes that programs ask many times a minute: logged only when something is wrong."""
 
 HEADERS = {
     "Server": "mixtral-server",
@@ -123,6 +126,9 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     request[IS_PREPARED] = True
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
+    if ALLOWANCE in request:
+        response.headers["X-RateLimit-Limit-Requests"] = str(request[ALLOWANCE].per_minute)
+        response.headers["X-RateLimit-Remaining-Requests"] = str(request[ALLOWANCE].left)
     for name, value in HEADERS.items():
         response.headers[name] = value
     response.headers.setdefault("Cache-Control", "no-store")
@@ -141,7 +147,7 @@ def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -
     metrics.requests.labels(method, route, str(status)).inc()
     metrics.request_seconds.labels(route).observe(seconds)
     job = request.get(JOB_ID) or request.match_info.get("id")
-    level = logging.DEBUG if route == "/v1/worker/turn" and status == 200 else logging.INFO
+    level = logging.DEBUG if route in FREQUENT and status == 200 else logging.INFO
     access_log.log(
         level,
         "%smethod=%s path=%s status=%d ms=%.0f request=%s address=%s",

@@ -23,6 +23,7 @@ from mixtral_server.app import Started, StartError, serve
 from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
 from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoints
 from mixtral_server.errors import ServiceError
+from mixtral_server.routes.pages import page_folder
 from mixtral_server.routes.service import Stages
 from mixtral_server.settings import ENVIRONMENT_PREFIX, SettingError, Settings, knobs, load_settings, shipped
 
@@ -140,6 +141,8 @@ async def _serve(settings: Settings, endpoints: Mapping[str, EndpointConfig]) ->
             "say --public_page_on_public_host as well to let anyone who reaches this host chat",
             settings.host,
         )
+    if not (page_folder(settings) / "index.html").is_file():
+        log.warning("event=page_missing folder=%s: / answers 404; name the page's folder with --frontend_dir", page_folder(settings))
     stages = Stages()
 
     def stop(signum: int) -> None:

@@ -19,7 +19,7 @@ import redis
 from mixtral_server.app import ROUTES, StartError, serve
 from mixtral_server.routes.service import Route, Stages
 from mixtral_server.settings import Settings, replace
-from support.http import PATIENCE_S, state_of, until
+from support.http import PATIENCE_S, state_of, text_of, until
 from support.live_server import LiveServer
 from support.redis import RedisProcess, redis_binary
 from support.scripted_worker import ScriptedWorker, answer_to
@@ -323,11 +323,6 @@ class WordyWorker(ScriptedWorker):
 
     def text(self, word: str) -> str:
         return word.ljust(250, ".")
-
-
-async def text_of(http: aiohttp.ClientSession, path: str) -> str:
-    async with http.get(path) as answer:
-        return await answer.text()
 
 
 # ---------------------------------------------------------------------------------------------- starting and stopping

@@ -320,9 +320,11 @@ async def test_visitor_over_the_rate_is_answered_429_and_others_are_not(empty_re
             async with aiohttp.ClientSession(server.url, cookie_jar=aiohttp.CookieJar(unsafe=True)) as http:
                 async with http.get("/"):
                     pass
-                for _ in range(4):
+                for left in (2, 1, 0, None):
                     answer = await http.post("/v1/jobs", json=CHAT, headers=own_origin(server))
                     statuses.append(answer.status)
+                    shown = {name: answer.headers.get(f"X-RateLimit-{name}-Requests") for name in ("Limit", "Remaining")}
+                    assert shown == ({"Limit": "3", "Remaining": str(left)} if left is not None else {"Limit": None, "Remaining": None})
                 assert 1 <= int(answer.headers["Retry-After"]) <= 20
                 assert (await answer.json())["error"]["code"] == "rate_limit_exceeded"
         async with server.http() as http, http.post("/v1/jobs", json=CHAT) as answer:

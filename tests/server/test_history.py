@@ -10,7 +10,7 @@ import pytest
 
 from mixtral_server.database import Database
 from mixtral_server.history import DayOfUsage, FinishedJob, History
-from support.http import state_of
+from support.http import PATIENCE_S, state_of, text_of
 from support.live_server import LiveServer
 from support.scripted_worker import ScriptedWorker
 
@@ -99,6 +99,34 @@ async def test_finished_chats_reach_the_ledger(server: LiveServer) -> None:
         assert (job.state, job.finish, job.completion_tokens, job.prompt_tokens) == ("done", "stop", 10, 2)
     finally:
         await database.close()
+
+
+async def test_chats_go_on_while_the_database_fails_and_the_ledger_catches_up(server: LiveServer) -> None:
+    """Tables taken away under a running server stand for a database that is down."""
+    database = Database(server.settings.sql_url)
+    body = {"model": "mixtral_chat", "messages": [{"role": "user", "content": "hello"}]}
+    try:
+        async with server.http() as session, ScriptedWorker(server.url, server.worker_key):
+            await rename(database, "keys", "keys_away")
+            await rename(database, "finished_jobs", "jobs_away")
+            async with session.post("/v1/jobs", json=body) as answer:
+                job_id = (await answer.json())["id"]
+            await state_of(session, job_id, "done")
+            async with asyncio.timeout(PATIENCE_S):
+                while 'mixtral_upkeep_failures_total{task="save_history"}' not in await text_of(session, "/metrics"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            async with session.post("/v1/chat/completions", json=body) as answer:
+                assert answer.status == 200
+            await rename(database, "keys_away", "keys")
+            await rename(database, "jobs_away", "finished_jobs")
+            await until_saved(History(database), [job_id])
+    finally:
+        await database.close()
+
+
+async def rename(database: Database, before: str, after: str) -> None:
+    async with database.writing() as connection:
+        await connection.exec_driver_sql(f"ALTER TABLE {before} RENAME TO {after}")
 
 
 async def until_saved(history: History, ids: list[str]) -> None:

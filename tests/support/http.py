@@ -27,3 +27,8 @@ async def state_of(http: aiohttp.ClientSession, job_id: str, *wanted: str) -> di
             if job["state"] in wanted:
                 return job
             await asyncio.sleep(0.01)
+
+
+async def text_of(http: aiohttp.ClientSession, path: str) -> str:
+    async with http.get(path) as answer:
+        return await answer.text()

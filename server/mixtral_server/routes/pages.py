@@ -45,7 +45,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 
 async def page(service: Service, request: web.Request) -> web.StreamResponse:
     """index.html; with public_page on, also the visitor's cookie."""
-    response = _file(request, _page_folder(service.settings) / "index.html")
+    response = _file(request, page_folder(service.settings) / "index.html")
     if service.settings.is_page_public and service.auth.visitor_of(request) is None:
         is_https = request.secure or request.headers.get("X-Forwarded-Proto", "").lower() == "https"
         response.set_cookie(
@@ -55,7 +55,7 @@ async def page(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def page_file(service: Service, request: web.Request) -> web.StreamResponse:
-    return _named_file(request, _page_folder(service.settings))
+    return _named_file(request, page_folder(service.settings))
 
 
 async def client_file(service: Service, request: web.Request) -> web.StreamResponse:
@@ -87,7 +87,7 @@ ROUTES = (
 )
 
 
-def _page_folder(settings: Settings) -> Path:
+def page_folder(settings: Settings) -> Path:
     return Path(settings.frontend_dir) if settings.frontend_dir else shipped("frontend", "frontend")
 
 

@@ -19,6 +19,7 @@ from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, Caller
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import JobNotFound, ModelNotFound, NotAllowed, RedisUnavailable, RequestRefused, ServiceError, Unavailable
+from mixtral_server.limiter import Allowance
 from mixtral_server.metrics import Metrics
 from mixtral_server.queue import JobQueue, Put
 from mixtral_server.relay import Relay
@@ -31,6 +32,7 @@ MAX_IDEMPOTENCY_KEY = 255
 
 REQUEST_ID = web.RequestKey("request_id", str)
 JOB_ID = web.RequestKey("job_id", str)  # for the access log
+ALLOWANCE = web.RequestKey("allowance", Allowance)  # what a visitor's rate still allows
 IS_PREPARED = web.RequestKey("is_prepared", bool)  # the answer's head is out
 
 
@@ -89,7 +91,9 @@ class Service:
         """
         self.refuse_while_draining()
         key = idempotency_key(request)
-        await self.auth.admit(request, caller)
+        allowance = await self.auth.admit(request, caller)
+        if allowance is not None:
+            request[ALLOWANCE] = allowance
         putting = asyncio.create_task(
             self.queue.put(
                 endpoint.name,
