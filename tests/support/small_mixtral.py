@@ -1,4 +1,4 @@
-"""Small random Mixtrals in Mistral's own layout, and the same weights for transformers."""
+"""Small random models in Mistral's own layout, and the same weights for transformers."""
 
 import json
 from pathlib import Path
@@ -39,14 +39,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "experts": (6, 3),
         "vocab_size": 64,
     },
+    "windowed": {  # as Mistral 7B
+        "dim": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "hidden_dim": 48,
+        "sliding_window": 11,
+        "vocab_size": 64,
+    },
+    "dense": {  # as Llama 2
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "hidden_dim": 112,
+        "rope_theta": 1e4,
+        "vocab_size": 64,
+    },
 }
 
 
 def write_checkpoint(folder: Path, shape: str = "grouped", seed: int = 0) -> Path:
-    """A params.json without rope_theta and a consolidated.safetensors in float32."""
-    size = dict(SHAPES[shape])
-    n_experts, per_token = size.pop("experts")
-    params = {**size, "norm_eps": 1e-5, "moe": {"num_experts": n_experts, "num_experts_per_tok": per_token}}
+    """A params.json and a consolidated.safetensors in float32."""
+    params = {**SHAPES[shape], "norm_eps": 1e-5}
+    if "experts" in params:
+        n_experts, per_token = params.pop("experts")
+        params["moe"] = {"num_experts": n_experts, "num_experts_per_tok": per_token}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
     save_file(_random_weights(params, torch.Generator().manual_seed(seed)), folder / "consolidated.safetensors")
@@ -73,54 +94,68 @@ def _random_weights(params: dict[str, Any], generator: torch.Generator) -> dict[
             f"layers.{i}.attention.wk.weight": matrix(keys, dim),
             f"layers.{i}.attention.wv.weight": matrix(keys, dim),
             f"layers.{i}.attention.wo.weight": matrix(dim, queries),
-            f"layers.{i}.feed_forward.gate.weight": matrix(params["moe"]["num_experts"], dim),
         }
-        for e in range(params["moe"]["num_experts"]):
-            expert = f"layers.{i}.feed_forward.experts.{e}"
+        networks = [f"layers.{i}.feed_forward"]
+        if "moe" in params:
+            weights[f"{networks[0]}.gate.weight"] = matrix(params["moe"]["num_experts"], dim)
+            networks = [f"{networks[0]}.experts.{e}" for e in range(params["moe"]["num_experts"])]
+        for network in networks:
             weights |= {
-                f"{expert}.w1.weight": matrix(hidden, dim),
-                f"{expert}.w2.weight": matrix(dim, hidden),
-                f"{expert}.w3.weight": matrix(hidden, dim),
+                f"{network}.w1.weight": matrix(hidden, dim),
+                f"{network}.w2.weight": matrix(dim, hidden),
+                f"{network}.w3.weight": matrix(hidden, dim),
             }
     return weights
 
 
 def as_transformers(checkpoint: Path, folder: Path) -> Any:
-    """The checkpoint as transformers' MixtralForCausalLM, by way of a folder in Hugging Face's layout."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    """The checkpoint as transformers' own model of its kind, by way of a folder in Hugging Face's layout."""
+    import transformers
 
     params = json.loads((checkpoint / "params.json").read_text())
-    config = MixtralConfig(
-        hidden_size=params["dim"],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=params["n_heads"],
-        num_key_value_heads=params["n_kv_heads"],
-        head_dim=params["head_dim"],
-        intermediate_size=params["hidden_dim"],
-        vocab_size=params["vocab_size"],
-        num_local_experts=params["moe"]["num_experts"],
-        num_experts_per_tok=params["moe"]["num_experts_per_tok"],
-        rms_norm_eps=params["norm_eps"],
-        rope_theta=1e6,
-        architectures=["MixtralForCausalLM"],
-    )
+    sizes = {
+        "hidden_size": params["dim"],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params["n_kv_heads"],
+        "head_dim": params["head_dim"],
+        "intermediate_size": params["hidden_dim"],
+        "vocab_size": params["vocab_size"],
+        "rms_norm_eps": params["norm_eps"],
+        "max_position_embeddings": 4096,
+    }
+    config: Any
+    if "moe" in params:
+        kind: Any = transformers.MixtralForCausalLM
+        experts = {"num_local_experts": params["moe"]["num_experts"], "num_experts_per_tok": params["moe"]["num_experts_per_tok"]}
+        config = transformers.MixtralConfig(**sizes, **experts, rope_theta=1e6, sliding_window=None)
+    elif "sliding_window" in params:
+        kind = transformers.MistralForCausalLM
+        config = transformers.MistralConfig(**sizes, rope_theta=1e4, sliding_window=params["sliding_window"])
+    else:
+        kind = transformers.LlamaForCausalLM
+        config = transformers.LlamaConfig(**sizes, rope_theta=params["rope_theta"])
     config.save_pretrained(folder)
-    renamed = {_huggingface_name(name): tensor for name, tensor in load_file(checkpoint / "consolidated.safetensors").items()}
+    is_moe = "moe" in params
+    renamed = {huggingface_name(name, is_moe): tensor for name, tensor in load_file(checkpoint / "consolidated.safetensors").items()}
     for name, tensor in renamed.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             renamed[name] = _pairs_to_halves(tensor, params["head_dim"])
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    return MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _huggingface_name(name: str) -> str:
+def huggingface_name(name: str, is_moe: bool) -> str:
     whole = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
     if name in whole:
         return whole[name]
+    network = (("feed_forward", "block_sparse_moe"),)
+    if not is_moe:
+        network = (("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"))
     for ours, theirs in (
+        *network,
         ("attention_norm", "input_layernorm"),
         ("ffn_norm", "post_attention_layernorm"),
-        ("feed_forward", "block_sparse_moe"),
         ("attention.wq", "self_attn.q_proj"),
         ("attention.wk", "self_attn.k_proj"),
         ("attention.wv", "self_attn.v_proj"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import small_mixtral, two_ranks
+from support import checkpoint_layouts, small_mixtral, two_ranks
 
 TORCHRUN_DEADLINE_S = 60
 RunRanks = Callable[[str, Path], subprocess.CompletedProcess[str]]
@@ -35,6 +35,13 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def layouts(checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """The same models in the other layouts, in folders beside them."""
+    root = next(iter(checkpoints.values())).parent
+    return {name: checkpoint_layouts.write_layout(name, root) for name in checkpoint_layouts.LAYOUTS}
+
+
+@pytest.fixture(scope="session")
 def run_two_ranks(checkpoint: Path) -> RunRanks:
     """Run support/two_ranks.py with a task under a real torchrun."""
     root = Path(two_ranks.__file__).parents[2]
@@ -49,8 +56,9 @@ def run_two_ranks(checkpoint: Path) -> RunRanks:
 
 
 @pytest.fixture(scope="session")
-def of_two_ranks(run_two_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What rank 0 of two computed."""
+def of_two_ranks(run_two_ranks: RunRanks, layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of two computed, with every layout in its folder."""
+    assert layouts
     out = tmp_path_factory.mktemp("two_ranks") / "results.pt"
     ended = run_two_ranks("compute", out)
     assert ended.returncode == 0, ended.stderr

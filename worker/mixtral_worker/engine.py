@@ -28,11 +28,12 @@ SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then 
 
 
 class Engine:
-    def __init__(self, model: Transformer, cache: KVCache, max_seq_len: int) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, max_seq_len: int, vocab_size: int | None = None) -> None:
         self.model = model
         self.cache = cache
         self.config = model.config
         self.max_seq_len = max_seq_len
+        self.vocab_size = vocab_size or self.config.vocab_size  # ids that may be drawn
         self.num_blocks = cache.store.shape[3]
         self.device = cache.store.device
         self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
@@ -47,12 +48,14 @@ class Engine:
         max_slots: int,
         max_seq_len: int,
         num_blocks: int | None = None,
+        vocab_size: int | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> "Engine":
         """Read this rank's share of a checkpoint. Call on every rank, inside ranks.join where there are several.
 
         num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens. Without it there is room for max_slots sequences of
-        max_seq_len, or, on a GPU, for as many as the free memory holds. Raises ModelError.
+        max_seq_len, or, on a GPU, for as many as the free memory holds. vocab_size is the tokenizer's: where the model has more ids,
+        those without a text are never drawn. Raises ModelError.
         """
         config, shard = ModelConfig.read(Path(ckpt_dir)), Shard.current()
         config.require_ranks(shard.count)
@@ -62,7 +65,7 @@ class Engine:
         checkpoint.load(model, Path(ckpt_dir), progress)
         wanted_blocks = max_slots * -(-max_seq_len // BLOCK_SIZE)
         blocks = num_blocks or min(wanted_blocks, _blocks_that_fit(model, wanted_blocks))
-        return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_seq_len)
+        return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_seq_len, vocab_size)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> list[int]:
@@ -74,7 +77,7 @@ class Engine:
         sampling = [row for row in plan.rows if row.samples]
         if self.model.shard.index or not sampling:
             return []
-        ids: list[int] = sample(logits, [row.sampling for row in sampling], [row.offset for row in sampling]).tolist()
+        ids: list[int] = sample(logits[:, : self.vocab_size], [row.sampling for row in sampling], [row.offset for row in sampling]).tolist()
         return ids
 
     @torch.inference_mode()
@@ -107,18 +110,34 @@ class Engine:
                 first += len(row.tokens)
 
     def _chunk(self, first: int, row: Row) -> Chunk:
-        places = torch.arange(row.end, device=self.device)
-        mask = places <= places[row.start :, None] if row.start else None
-        return Chunk(slice(first, first + len(row.tokens)), self._tensor([row.blocks]), row.end, mask)
+        begin, window = self._first_block(row), self.config.sliding_window
+        hidden = begin * self.cache.block_size  # positions before those that the table holds
+        positions = torch.arange(hidden, row.end, device=self.device)  # [S]
+        queries = positions[row.start - hidden :, None]  # [C, 1]
+        mask = positions <= queries if row.start else None
+        if window and row.end > window:
+            mask = (positions <= queries) & (positions > queries - window)
+        return Chunk(slice(first, first + len(row.tokens)), self._tensor([row.blocks[begin:]]), row.end - hidden, mask)
 
     def _decodes(self, first: int, rows: Sequence[Row]) -> Decodes:
-        width = max(len(row.blocks) for row in rows)
+        size, window = self.cache.block_size, self.config.sliding_window
+        begins = [self._first_block(row) for row in rows]
+        tables = [row.blocks[begin:] for row, begin in zip(rows, begins, strict=True)]
+        width = max(map(len, tables))
         # A row that is shorter repeats its own first block: another's might hold NaN, which no mask takes out of a sum.
-        table = self._tensor([row.blocks + row.blocks[:1] * (width - len(row.blocks)) for row in rows])
-        ends = self._tensor([row.end for row in rows])
-        is_beyond = torch.arange(width * self.cache.block_size, device=self.device) >= ends[:, None]  # [B, S]
-        bias = torch.zeros(is_beyond.shape, dtype=self.cache.store.dtype, device=self.device).masked_fill_(is_beyond, -torch.inf)
+        table = self._tensor([blocks + blocks[:1] * (width - len(blocks)) for blocks in tables])
+        places = torch.arange(width * size, device=self.device)
+        ends = self._tensor([row.end - begin * size for row, begin in zip(rows, begins, strict=True)])[:, None]
+        is_hidden = places >= ends  # [B, S]
+        if window:
+            is_hidden |= places < ends - window
+        bias = torch.zeros(is_hidden.shape, dtype=self.cache.store.dtype, device=self.device).masked_fill_(is_hidden, -torch.inf)
         return Decodes(slice(first, first + len(rows)), table, bias.repeat(self.cache.n_kv_heads, 1)[:, None])
+
+    def _first_block(self, row: Row) -> int:
+        """The first of the row's blocks that any of its tokens looks at."""
+        window = self.config.sliding_window
+        return max(0, row.start + 1 - window) // self.cache.block_size if window else 0
 
     def _wanted(self, rows: Sequence[Row]) -> Tensor:
         """Places in the flat batch of the tokens whose logits are sampled."""

@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 from mixtral_worker.demo import DEMO_CKPT_DIR
 
 KEY_VARIABLE = "MIXTRAL_WORKER_KEY"
+RANDOM = "random:"  # in place of a folder: this shape with random weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROMPT_FORMATS = ("auto", "instruct", "mistral")
+CKPT_DIR_HELP = "folder with the weights, or random:8x7b and the like for random ones (default: the demo model)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_MAX_BATCH_SIZE = 32
 MAX_SEED = 2**63 - 1
@@ -83,8 +85,10 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = flags.add_argument_group("the model")
-    model.add_argument("--ckpt_dir", type=Path, metavar="DIR", help="folder with params.json and the weights (default: the demo model)")
-    model.add_argument("--tokenizer_path", type=Path, metavar="FILE", help="tokenizer.model (default: the one in --ckpt_dir)")
+    model.add_argument("--ckpt_dir", type=Path, metavar="DIR", help=CKPT_DIR_HELP)
+    model.add_argument(
+        "--tokenizer_path", type=Path, metavar="FILE", help="tokenizer.model (default: that of --ckpt_dir or, for random, the demo)"
+    )
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and KV cache; auto: float32 on a CPU, bfloat16 on a GPU")
     model.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="auto: this rank's GPU if there is one (default: auto)")
     model.add_argument(
@@ -124,8 +128,9 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
     given = parser().parse_args(argv)
     _check_numbers(given)
     ckpt_dir: Path = given.ckpt_dir or DEMO_CKPT_DIR
-    if not ckpt_dir.is_dir():
-        raise SettingsRefused(f"--ckpt_dir {ckpt_dir} is not a folder; give the one that holds params.json and the weights")
+    is_random = str(ckpt_dir).startswith(RANDOM)
+    if not (is_random or ckpt_dir.is_dir()):
+        raise SettingsRefused(f"--ckpt_dir {ckpt_dir} is not a folder; give the one that holds params.json or config.json and the weights")
     api_server = _server_address(given.api_server) if given.api_server is not None else ""
     key = given.api_auth_key or environment.get(KEY_VARIABLE, "")
     if api_server and not key:
@@ -137,7 +142,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
         raise SettingsRefused(f"the worker's key must be printable ASCII without blanks; copy it again from keys.env into {KEY_VARIABLE}")
     return Settings(
         ckpt_dir=ckpt_dir,
-        tokenizer_path=_tokenizer_file(given.tokenizer_path or ckpt_dir),
+        tokenizer_path=_tokenizer_file(given.tokenizer_path or (DEMO_CKPT_DIR if is_random else ckpt_dir)),
         api_server=api_server,
         api_auth_key=key,
         endpoint_name=given.endpoint_name,

@@ -37,7 +37,6 @@ from mixtral_worker.tokenizer import Tokenizer, TokenizerError
 from mixtral_worker.watchdog import Signals, Watchdog
 
 REFUSALS = (SettingsRefused, ModelError, TokenizerError, PromptRefused)
-CONTEXT_OF_MIXTRAL = 32_768  # where params.json is silent, as that of 8x7B is
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of a CPU's, which others use too
 PROGRESS_EVERY_S = 2.0
 
@@ -46,14 +45,13 @@ def run(settings: Settings, signals: Signals) -> int:
     """Work as this rank until there is an orderly end; returns the exit code. Raises one of REFUSALS, LinkRefused, or what broke."""
     config = ModelConfig.read(settings.ckpt_dir)
     config.require_ranks(int(os.environ.get("WORLD_SIZE", "1")))
-    params = json.loads((settings.ckpt_dir / "params.json").read_text(encoding="utf-8"))
-    max_seq_len = _max_seq_len(settings, params.get("max_seq_len"))
+    max_seq_len = _max_seq_len(settings, config.max_seq_len)
     tokenizer = _tokenizer(settings.tokenizer_path, config)
-    prompt_format = resolve_format(tokenizer, params.get("prompt_format"), settings.prompt_format)
+    prompt_format = resolve_format(tokenizer, _declared_format(settings.ckpt_dir), settings.prompt_format)
     with ExitStack() as stack:
         with redirect_stdout(io.StringIO()):  # fairscale prints, and stdout is the answer's
             here = stack.enter_context(ranks.join(settings.device))
-        engine = _load(settings, config, here, max_seq_len)
+        engine = _load(settings, config, here, max_seq_len, tokenizer.vocab_size)
         codec = PlanCodec(settings.max_batch_size, max_seq_len, PREFILL_CHUNK + settings.max_batch_size, BLOCK_SIZE)
         watchdog = Watchdog(here.rank, settings.step_timeout_s)
         watchdog.start()
@@ -90,11 +88,17 @@ def _chat(settings: Settings, signals: Signals, batch: Batch, crew: Crew) -> int
     return code
 
 
-def _max_seq_len(settings: Settings, allowed: int | None) -> int:
-    allowed = allowed or CONTEXT_OF_MIXTRAL
+def _max_seq_len(settings: Settings, allowed: int) -> int:
     if settings.max_seq_len is not None and settings.max_seq_len > allowed:
         raise SettingsRefused(f"--max_seq_len is {settings.max_seq_len:,}; {settings.ckpt_dir} was made for at most {allowed:,}; lower it")
     return settings.max_seq_len or allowed
+
+
+def _declared_format(ckpt_dir: Path) -> str | None:
+    """The prompt format that the checkpoint's folder names; only params.json can."""
+    path = ckpt_dir / "params.json"
+    declared: str | None = json.loads(path.read_text(encoding="utf-8")).get("prompt_format") if path.is_file() else None
+    return declared
 
 
 def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
@@ -104,7 +108,7 @@ def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int) -> Engine:
+def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int, vocab_size: int) -> Engine:
     """Weights and KV cache of this rank, with progress in the log."""
     began_s = told_s = time.monotonic()
 
@@ -122,6 +126,7 @@ def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int
         max_slots=settings.max_batch_size,
         max_seq_len=max_seq_len,
         num_blocks=_num_blocks(settings, config, dtype, max_seq_len) if here.device.type == "cpu" else None,
+        vocab_size=vocab_size,
         progress=progress,
     )
     weights_mb = sum(weight.nbytes for weight in engine.model.parameters()) >> 20

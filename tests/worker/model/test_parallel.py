@@ -8,6 +8,7 @@ import torch
 
 from mixtral_worker.model.parallel import Shard
 from support import two_ranks
+from support.checkpoint_layouts import LAYOUTS
 from support.small_mixtral import SHAPES, as_transformers
 
 
@@ -19,13 +20,14 @@ def test_sharded_layer_equals_that_of_fairscale(layer: str, of_two_ranks: dict[s
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_ranks_give_the_logits_of_transformers(
+def test_two_ranks_give_the_logits_of_transformers_from_every_layout(
     shape: str, of_two_ranks: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     ids = [*two_ranks.PROMPTS[2], 18]
     with torch.inference_mode():
         expected = as_transformers(checkpoints[shape], tmp_path)(torch.tensor([ids])).logits[0, -2:]
-    torch.testing.assert_close(of_two_ranks["logits"][shape], expected, rtol=0, atol=1e-4)
+    for name in (shape, *(layout for layout in LAYOUTS if LAYOUTS[layout] == shape)):
+        torch.testing.assert_close(of_two_ranks["logits"][name], expected, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_one_rank_needs_no_group() -> None:

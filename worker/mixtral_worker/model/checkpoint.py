@@ -1,33 +1,60 @@
-"""Fill a Transformer from Mistral's consolidated safetensors, each rank reading its own slices.
+"""Fill a Transformer with a checkpoint, or with random numbers in its place, each rank reading its own slices.
 
-Every slice goes from the mapped file straight to its place on the device; at no time are there two copies of the weights.
+Decides which tensor belongs into which weight, and that nothing is missing, left over or of another shape before the first is read. Each
+slice goes from the mapped file to its place on the device; at no time are there two copies of the weights. files.py opens what the folder
+holds, layouts.py knows how each layout names and turns a tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mixtral_worker.model.config import ModelError
-from mixtral_worker.model.transformer import Transformer
+from mixtral_worker.model import files, layouts, random_weights
+from mixtral_worker.model.config import ModelConfig, ModelError, is_huggingface
+from mixtral_worker.model.files import Stored
+from mixtral_worker.model.layouts import Location
+from mixtral_worker.model.transformer import FeedForward, Transformer
+from mixtral_worker.settings import RANDOM
 
 Progress = Callable[[int, int], None]  # bytes filled, bytes in all, on this rank
+WITHOUT_PLACE = ("rope.freqs", "rotary_emb.inv_freq")  # computed here
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file and the place of this rank's share of it."""
+    """A tensor, by its name in Mistral's layout, and the place of this rank's share of it."""
 
     name: str
     place: Tensor
     split_dim: int | None = None  # the dimension cut over the ranks; None: every rank holds the whole
 
+    def whole(self, ranks: int) -> list[int]:
+        return [size * ranks if dim == self.split_dim else size for dim, size in enumerate(self.place.shape)]
+
+    def share(self, rank: int) -> list[range]:
+        firsts = [rank * size if dim == self.split_dim else 0 for dim, size in enumerate(self.place.shape)]
+        return [range(first, first + size) for first, size in zip(firsts, self.place.shape, strict=True)]
+
+
+def load(model: Transformer, ckpt_dir: Path, progress: Progress | None = None) -> None:
+    """Fill the model's weights, converting to its dtype. Raises ModelError naming file, tensor, expected and found."""
+    wanted = list(parts(model))
+    readings = [_random(model, part) for part in wanted] if str(ckpt_dir).startswith(RANDOM) else _located(model, ckpt_dir, wanted)
+    total = sum(part.place.nbytes for part in wanted)
+    filled = 0
+    for part, read_into in zip(wanted, readings, strict=True):
+        read_into(part.place)
+        filled += part.place.nbytes
+        if progress:
+            progress(filled, total)
+
 
 def parts(model: Transformer) -> Iterator[Part]:
-    """Every tensor of Mistral's layout and where it belongs."""
+    """Every tensor of the model and where it belongs."""
     config = model.config
     yield Part("tok_embeddings.weight", model.embedding)
     yield Part("norm.weight", model.norm.weight)
@@ -41,58 +68,59 @@ def parts(model: Transformer) -> Iterator[Part]:
         for name, place in zip(("wq", "wk", "wv"), layer.attention.wqkv.weight.split(rows), strict=True):
             yield Part(f"{prefix}.attention.{name}.weight", place, 0)
         yield Part(f"{prefix}.attention.wo.weight", layer.attention.wo.weight, 1)
-        yield Part(f"{prefix}.feed_forward.gate.weight", layer.moe.gate)
+        ffn = layer.feed_forward
+        if isinstance(ffn, FeedForward):
+            yield from _ffn_parts(f"{prefix}.feed_forward", ffn.w13.weight, ffn.w2.weight)
+            continue
+        yield Part(f"{prefix}.feed_forward.gate.weight", ffn.gate)
         for e in range(config.n_experts):
-            w1, w3 = layer.moe.w13[e].chunk(2)
-            yield Part(f"{prefix}.feed_forward.experts.{e}.w1.weight", w1, 0)
-            yield Part(f"{prefix}.feed_forward.experts.{e}.w3.weight", w3, 0)
-            yield Part(f"{prefix}.feed_forward.experts.{e}.w2.weight", layer.moe.w2[e], 1)
+            yield from _ffn_parts(f"{prefix}.feed_forward.experts.{e}", ffn.w13[e], ffn.w2[e])
 
 
-def load(model: Transformer, ckpt_dir: Path, progress: Progress | None = None) -> None:
-    """Fill the model's weights, converting to its dtype. Raises ModelError naming file, tensor, expected and found."""
-    files = _open_all(ckpt_dir, model.embedding.device)
-    total = sum(part.place.nbytes for part in parts(model))
-    filled = 0
-    for part in parts(model):
-        if part.name not in files:
+def _ffn_parts(prefix: str, w13: Tensor, w2: Tensor) -> Iterator[Part]:
+    w1, w3 = w13.chunk(2)
+    yield Part(f"{prefix}.w1.weight", w1, 0)
+    yield Part(f"{prefix}.w3.weight", w3, 0)
+    yield Part(f"{prefix}.w2.weight", w2, 1)
+
+
+def _random(model: Transformer, part: Part) -> Callable[[Tensor], None]:
+    return partial(random_weights.fill, name=part.name, whole=part.whole(model.shard.count), share=part.share(model.shard.index))
+
+
+def _located(model: Transformer, ckpt_dir: Path, wanted: list[Part]) -> list[Callable[[Tensor], None]]:
+    """How each part is read from the folder's files. Nothing is read yet, but everything is there and has its shape."""
+    stored = files.open_folder(ckpt_dir, model.embedding.device)
+    layout = layouts.find(stored, is_huggingface(ckpt_dir))
+    locations = [layout(part.name) for part in wanted]
+    shapes = [
+        location.stored_shape(part.whole(model.shard.count), model.config.n_experts)
+        for part, location in zip(wanted, locations, strict=True)
+    ]
+    for location, shape in zip(locations, shapes, strict=True):
+        if location.name not in stored:
+            raise ModelError(f"{ckpt_dir} lacks the tensor {location.name} {shape}; {len(stored)} tensors found; is a file missing?")
+    _require_place_for_all(stored, {location.name for location in locations})
+    return [
+        _reading(stored[location.name], location, shape, part.share(model.shard.index), model.config)
+        for part, location, shape in zip(wanted, locations, shapes, strict=True)
+    ]
+
+
+def _require_place_for_all(stored: Mapping[str, Stored], known: set[str]) -> None:
+    for name, tensor in stored.items():
+        if name not in known and not name.endswith(WITHOUT_PLACE):
             raise ModelError(
-                f"{ckpt_dir} lacks the tensor {part.name}; {len(files)} tensors found; is it a Mixtral in Mistral's own layout?"
+                f"{tensor.paths[0]} holds {name} {tensor.pieces[0].shape}, for which the model has no place; is it of another architecture?"
             )
-        _fill(part, *files[part.name], model.shard.index, model.shard.count)
-        filled += part.place.nbytes
-        if progress:
-            progress(filled, total)
 
 
-def _open_all(ckpt_dir: Path, device: Any) -> dict[str, tuple[Path, Any]]:
-    """Which file holds which tensor."""
-    paths = sorted(ckpt_dir.glob("consolidated*.safetensors"))
-    if not paths:
-        raise ModelError(f"{ckpt_dir} holds no consolidated.safetensors; give ckpt_dir a checkpoint in Mistral's own layout")
-    files: dict[str, tuple[Path, Any]] = {}
-    for path in paths:
-        try:
-            file: Any = safe_open(path, framework="pt", device=str(device))
-        except SafetensorError as error:
-            found = f"{path.stat().st_size:,} bytes"
-            raise ModelError(f"{path} cannot be read as safetensors ({error}); {found} found; fetch the file again") from error
-        for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
-            if name in files:
-                raise ModelError(f"the tensor {name} stands in both {files[name][0]} and {path}; keep one of the files")
-            files[name] = path, file
-    return files
+def _reading(stored: Stored, location: Location, shape: list[int], share: list[range], config: ModelConfig) -> Callable[[Tensor], None]:
+    split_dim = stored.split_dim(shape)
+    cut = location.stored_cut(share, shape[0] // config.n_experts)
 
+    def read_into(place: Tensor) -> None:
+        target = location.view(place, config.head_dim)
+        target.copy_(stored.read(cut, split_dim).reshape(target.shape))
 
-def _fill(part: Part, path: Path, file: Any, index: int, count: int) -> None:
-    source = file.get_slice(part.name)
-    share = list(part.place.shape)
-    expected, found = share.copy(), list(source.get_shape())
-    cut = [slice(None)] * len(share)
-    if part.split_dim is not None:
-        size = share[part.split_dim]
-        expected[part.split_dim] *= count
-        cut[part.split_dim] = slice(index * size, (index + 1) * size)
-    if found != expected:
-        raise ModelError(f"{path}: {part.name} has shape {found}; params.json makes it {expected}; do the two belong together?")
-    part.place.copy_(source[tuple(cut)])
+    return read_into

@@ -1,4 +1,4 @@
-"""The whole network: embedding, layers of attention and experts, norm, head."""
+"""The whole network: embedding, layers of attention and experts (of a dense model: one feed-forward network), norm, head."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from mixtral_worker.model.attention import Attention, Batch
 from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.kv_cache import KVCache
 from mixtral_worker.model.moe import MoE
-from mixtral_worker.model.parallel import ColumnParallelLinear, Shard
+from mixtral_worker.model.parallel import ColumnParallelLinear, RowParallelLinear, Shard
 
 # T tokens this step, B rows whose next token is wanted, V vocabulary.
 
@@ -23,17 +23,31 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class FeedForward(nn.Module):
+    """What a dense model has in the place of experts."""
+
+    def __init__(self, config: ModelConfig, shard: Shard) -> None:
+        super().__init__()
+        self.w13 = ColumnParallelLinear(config.dim, 2 * config.hidden_dim, shard)
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, shard)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
+        gated, linear = self.w13(x).chunk(2, dim=-1)
+        out: Tensor = self.w2(F.silu(gated) * linear)
+        return out
+
+
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, shard: Shard) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, index, shard)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.moe = MoE(config, shard)
+        self.feed_forward = MoE(config, shard) if config.is_moe else FeedForward(config, shard)
 
     def forward(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         x = x + self.attention(self.attention_norm(x), batch, cache)
-        moved: Tensor = x + self.moe(self.ffn_norm(x))
+        moved: Tensor = x + self.feed_forward(self.ffn_norm(x))
         return moved
 
 
