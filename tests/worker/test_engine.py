@@ -124,6 +124,82 @@ def test_preempted_job_goes_on_with_the_same_tokens(
         assert_same(one, alone[seed, drawn])
 
 
+def run_on(scheduler: Scheduler, engine: Engine, *jobs: Sequence, steps: int = 10_000) -> None:
+    for one in jobs:
+        scheduler.admit(one)
+    for _ in range(steps):
+        plan = scheduler.plan_step()
+        if plan is None:
+            return
+        scheduler.record(plan, engine.step(plan))
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+def test_prompts_that_are_there_already_get_the_same_tokens(
+    drawn: bool, engine: Engine, alone: dict[tuple[int, bool], tuple[list[int], list[float]]]
+) -> None:
+    """Two of each at once, so that a prompt is shared while it is in use, and then all once more."""
+    scheduler = Scheduler(MAX_SLOTS, BlockPool(engine.num_blocks), MAX_SEQ_LEN, prefill_chunk=50)
+    rounds = [[replace(job(seed, drawn=drawn), job_id=f"{turn}-{seed}") for seed in range(JOBS)] for turn in range(3)]
+    run_on(scheduler, engine, *(one for pair in zip(*rounds[:2], strict=True) for one in pair))
+    run_on(scheduler, engine, *rounds[2])
+    for turn in rounds:
+        for seed, one in enumerate(turn):
+            assert_same(one, alone[seed, drawn])
+    reusable = sum((tokens - 1) // 16 * 16 for tokens in PROMPT_TOKENS)
+    assert 1.5 * reusable < scheduler.reused_tokens <= 2 * reusable, "all in the last round; a twin begins before it can find anything"
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+def test_next_turn_of_a_chat_gets_the_tokens_it_would_get_without_the_turns_before(
+    drawn: bool, engine: Engine, alone: dict[tuple[int, bool], tuple[list[int], list[float]]]
+) -> None:
+    """Whole chats are the jobs' prompts and answers; the turn before had a part of them as its own prompt and answer."""
+    scheduler = Scheduler(MAX_SLOTS, BlockPool(engine.num_blocks), MAX_SEQ_LEN)
+    seeds = [seed for seed in range(JOBS) if PROMPT_TOKENS[seed] > 30]
+    for seed in seeds:
+        ids = prompt(seed)
+        run_on(scheduler, engine, Sequence(f"before{seed}", 1, ids[:-14], 5, replace(job(seed, drawn=drawn).sampling, seed=99)))
+    assert scheduler.reused_tokens == 0
+    jobs = [job(seed, drawn=drawn) for seed in seeds]
+    run_on(scheduler, engine, *jobs)
+    for seed, one in zip(seeds, jobs, strict=True):
+        assert_same(one, alone[seed, drawn])
+    assert scheduler.reused_tokens == sum((PROMPT_TOKENS[seed] - 14) // 16 * 16 for seed in seeds)
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+def test_chat_goes_on_behind_its_own_answer_with_the_same_tokens(
+    drawn: bool, engine: Engine, alone: dict[tuple[int, bool], tuple[list[int], list[float]]]
+) -> None:
+    """The generated tokens' blocks are shared too: the second turn's prompt is the first's with its answer."""
+    scheduler, fresh = (Scheduler(MAX_SLOTS, BlockPool(engine.num_blocks), MAX_SEQ_LEN) for _ in range(2))
+    one = job(1, drawn=drawn)
+    run_on(scheduler, engine, one)
+    assert_same(one, alone[1, drawn])
+    ids = [*one.prompt_ids, *one.produced_ids, 7, 8, 9]
+    second, reference = (Sequence(name, 1, ids, MAX_TOKENS, one.sampling) for name in ("second", "reference"))
+    run_on(scheduler, engine, second)
+    run_on(fresh, engine, reference)
+    assert scheduler.reused_tokens == 48, "of 58, where the first turn's prompt had 31"
+    assert second.produced_ids == reference.produced_ids
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+def test_job_that_yielded_its_slot_goes_on_behind_its_own_blocks_with_the_same_tokens(
+    drawn: bool, engine: Engine, alone: dict[tuple[int, bool], tuple[list[int], list[float]]]
+) -> None:
+    scheduler = Scheduler(2, BlockPool(engine.num_blocks), MAX_SEQ_LEN)
+    low = [replace(job(seed, drawn=drawn), priority=1) for seed in (1, 4)]
+    run_on(scheduler, engine, *low, steps=9)
+    high = [job(seed, drawn=drawn) for seed in (0, 3, 5)]
+    run_on(scheduler, engine, *high)
+    assert scheduler.preemptions == 2
+    assert scheduler.reused_tokens >= 32 + 48
+    for seed, one in zip((1, 4, 0, 3, 5), low + high, strict=True):
+        assert_same(one, alone[seed, drawn])
+
+
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("taken", [1, MAX_TOKENS - 1])
 def test_job_that_moves_here_goes_on_with_the_same_tokens(
@@ -135,12 +211,17 @@ def test_job_that_moves_here_goes_on_with_the_same_tokens(
         assert_same(one, alone[seed, drawn])
 
 
-def test_token_whose_numbers_break_fails_its_job_alone_even_in_blocks_used_again(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text((checkpoint / "params.json").read_text())
+def with_broken_token(checkpoint: Path, folder: Path) -> Engine:
+    """Token 159 has no finite numbers."""
+    (folder / "params.json").write_text((checkpoint / "params.json").read_text())
     weights = load_file(checkpoint / "consolidated.safetensors")
     weights["tok_embeddings.weight"][159] = torch.nan
-    save_file(weights, tmp_path / "consolidated.safetensors")
-    engine = Engine.load(tmp_path, max_slots=4, max_seq_len=MAX_SEQ_LEN, num_blocks=12)
+    save_file(weights, folder / "consolidated.safetensors")
+    return Engine.load(folder, max_slots=4, max_seq_len=MAX_SEQ_LEN, num_blocks=12)
+
+
+def test_token_whose_numbers_break_fails_its_job_alone_even_in_blocks_used_again(checkpoint: Path, tmp_path: Path) -> None:
+    engine = with_broken_token(checkpoint, tmp_path)
 
     def tokens_beside(*others: Sequence) -> list[list[int]]:
         scheduler = Scheduler(4, BlockPool(12), MAX_SEQ_LEN)
@@ -156,6 +237,18 @@ def test_token_whose_numbers_break_fails_its_job_alone_even_in_blocks_used_again
     assert tokens_beside(*broken) == expected
     assert [sequence.produced_ids for sequence in broken] == [[], []]
     assert tokens_beside() == expected, "in the blocks that the broken jobs left"
+
+
+def test_blocks_that_a_token_broke_are_found_by_nobody(checkpoint: Path, tmp_path: Path) -> None:
+    engine = with_broken_token(checkpoint, tmp_path)
+    scheduler = Scheduler(4, BlockPool(12), MAX_SEQ_LEN)
+    begin = [*range(32)]  # sound, and kept when another job has drawn a token behind it
+    run_on(scheduler, engine, first := Sequence("first", 1, [*begin, 5], 8, Sampling(0)))
+    run_on(scheduler, engine, broken := Sequence("broken", 1, [*begin, *[159] * 20], 8, Sampling(0)))
+    assert (broken.produced_ids, scheduler.reused_tokens) == ([], 32)
+    assert scheduler.pool.kept_blocks == 0
+    run_on(scheduler, engine, again := Sequence("again", 1, [*begin, 5], 8, Sampling(0)))
+    assert (again.produced_ids, scheduler.reused_tokens) == (first.produced_ids, 32)
 
 
 def test_bfloat16_follows_float32_closely(checkpoint: Path, engine: Engine) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest
+from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.link import Link, LinkRefused
 from mixtral_worker.loop import Batch, Crew, run_leader
 from mixtral_worker.ranks import Ranks
@@ -297,3 +298,18 @@ async def test_telemetry_counts_slots_blocks_jobs_and_tokens(worker: TinyWorker)
         assert (numbers.running, numbers.waiting, numbers.kv_blocks_used) == (0, 0, 0)
         assert (numbers.jobs_total, numbers.failed_total) == (5, 0)
         assert numbers.tokens_total == sum(len(job.ids) for job in jobs)
+
+
+async def test_telemetry_says_how_much_of_a_chat_was_not_computed_again(worker: TinyWorker) -> None:
+    async with serving() as server, leading(worker, server) as leader:
+        first = await server.put(messages=STORY, max_tokens=40, temperature=0)
+        await server.finished(first)
+        before = leader.batch.telemetry()
+        assert (before.reused_tokens_total, before.preemptions_total) == (0, 0)
+        assert before.kv_blocks_kept == (before.prompt_tokens_total + len(first.ids) - 1) // BLOCK_SIZE
+        again = await server.put(messages=STORY, max_tokens=40, temperature=0)
+        await server.finished(again)
+        assert_as_alone(worker, again)
+        after = leader.batch.telemetry()
+        assert after.prompt_tokens_total == 2 * before.prompt_tokens_total
+        assert after.reused_tokens_total == (before.prompt_tokens_total - 1) // BLOCK_SIZE * BLOCK_SIZE > 0

@@ -99,12 +99,16 @@ class Batch:
             waiting=len(scheduler.waiting),
             slots=scheduler.max_slots,
             kv_blocks_used=scheduler.pool.num_blocks - scheduler.pool.free_blocks,
+            kv_blocks_kept=scheduler.pool.kept_blocks,
             kv_blocks=scheduler.pool.num_blocks,
             tokens_per_s=round(self._tokens.per_s(now_s), 1),
             steps_per_s=round(self._steps.per_s(now_s), 1),
             tokens_total=self._tokens_total,
             jobs_total=self._jobs_total,
             failed_total=self._failed_total,
+            prompt_tokens_total=scheduler.entered_tokens,
+            reused_tokens_total=scheduler.reused_tokens,
+            preemptions_total=scheduler.preemptions,
         )
 
     def _admit(self, job: WorkerJob) -> Piece | None:

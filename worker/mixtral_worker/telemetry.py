@@ -23,12 +23,16 @@ class Telemetry:
     waiting: int = 0
     slots: int = 0
     kv_blocks_used: int = 0
+    kv_blocks_kept: int = 0  # those, used or free, that a prompt with the same beginning would find
     kv_blocks: int = 0
     tokens_per_s: float = 0.0
     steps_per_s: float = 0.0
     tokens_total: int = 0
     jobs_total: int = 0
     failed_total: int = 0
+    prompt_tokens_total: int = 0  # that entered the batch; again with what was generated when a job was preempted or had moved here
+    reused_tokens_total: int = 0  # of these, so many were found in the cache instead of computed
+    preemptions_total: int = 0
 
     def as_fields(self) -> dict[str, Any]:
         return asdict(self)
