@@ -1,4 +1,4 @@
-"""Databases for tests: SQLite always, PostgreSQL where its server is installed (initdb and pg_ctl on PATH)."""
+"""Databases for tests: SQLite, and a real PostgreSQL: its programs on PATH or where Debian keeps them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,28 @@ from pathlib import Path
 
 import asyncpg
 
-AVAILABLE = ("sqlite", "postgresql") if shutil.which("initdb") and shutil.which("pg_ctl") else ("sqlite",)
+from support.parts import PartMissing
+
+KINDS = ("sqlite", "postgresql")
+DEBIAN = Path("/usr/lib/postgresql")
+
+
+def postgres_programs() -> Path:
+    """The folder of initdb and pg_ctl. Raises PartMissing with the line that installs them."""
+    on_path = shutil.which("initdb")
+    folders = [Path(on_path).resolve().parent] if on_path else []
+    folders += sorted(DEBIAN.glob("*/bin"), key=lambda folder: int(folder.parent.name), reverse=True)
+    for folder in folders:
+        if (folder / "initdb").exists() and (folder / "pg_ctl").exists():
+            return folder
+    raise PartMissing("accounts and history are tested on PostgreSQL too; install it with 'apt-get install postgresql'")
 
 
 class PostgresProcess:
     """One PostgreSQL as our child, on a unix socket in a folder of its own: `with PostgresProcess() as server:`."""
 
     def __enter__(self) -> PostgresProcess:
+        self._programs = postgres_programs()
         in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a cluster is a thousand small files
         self._folder = Path(tempfile.mkdtemp(prefix="mixtral-pg-", dir=in_memory))
         if os.getuid() == 0:  # PostgreSQL refuses to run as root
@@ -45,6 +60,7 @@ class PostgresProcess:
         await connection.close()
         return f"postgresql+asyncpg://mixtral@/postgres?host={self._folder}"
 
-    def _run(self, *command: str) -> None:
+    def _run(self, program: str, *arguments: str) -> None:
         user = "nobody" if os.getuid() == 0 else None
+        command = [str(self._programs / program), *arguments]
         subprocess.run([*command, "-D", f"{self._folder}/data"], user=user, cwd="/", check=True, stdout=subprocess.DEVNULL)

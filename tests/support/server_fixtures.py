@@ -13,7 +13,7 @@ import pytest
 import redis as sync_redis
 
 from mixtral_server.database import Database
-from support.databases import AVAILABLE, PostgresProcess
+from support.databases import KINDS, PostgresProcess
 from support.live_server import LiveServer
 from support.redis import RedisProcess, redis_binary
 from support.scripted_worker import ScriptedWorker
@@ -63,7 +63,7 @@ def postgres() -> Iterator[PostgresProcess]:
         yield server
 
 
-@pytest.fixture(params=AVAILABLE)
+@pytest.fixture(params=KINDS)
 async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind that this machine has."""
     if request.param == "sqlite":
