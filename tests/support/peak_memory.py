@@ -1,6 +1,6 @@
-"""A program that loads a checkpoint and says how much memory of its own that took at most.
+"""A program that loads checkpoints, one after another, and says how much memory of its own each took at most.
 
-python -m support.peak_memory FOLDER  →  {"weights": bytes, "largest": bytes of its largest tensor, "peak": bytes}
+python -m support.peak_memory FOLDER …  →  {FOLDER: {"weights": bytes, "largest": bytes of its largest tensor, "peak": bytes}, …}
 
 Counted is anonymous memory: the pages of a mapped file are the kernel's cache, which it drops when memory is short.
 """
@@ -20,6 +20,7 @@ from mixtral_worker.model.transformer import Transformer
 from support.checkpoint_layouts import stacked, write_meta
 from support.small_mixtral import huggingface_name
 
+LAYOUTS = ("mistral", "first_release", "meta", "huggingface", "random")
 SHAPE = "random:dim=512,n_heads=8,n_kv_heads=4,head_dim=64,hidden_dim=1024,vocab_size=4096,rope_theta=1e6"
 MOE, DENSE = f"{SHAPE},n_layers=2", f"{SHAPE},n_layers=7,n_experts=1,experts_per_token=1"  # 121 MB and 82 MB in tensors of at most 8.4
 FIRST = "random:dim=64,n_layers=1,hidden_dim=64,vocab_size=64"
@@ -65,10 +66,7 @@ def own_bytes() -> int:
     return next(int(row.split()[1]) for row in rows if row.startswith("RssAnon:")) * 1024
 
 
-def main(ckpt_dir: Path) -> None:
-    _, model = empty_model(Path(FIRST))  # what torch sets up at its first use is not ours to count
-    model.to_empty(device="cpu")
-    checkpoint.load(model, Path(FIRST))
+def measure(ckpt_dir: Path) -> dict[str, int]:
     _, model = empty_model(ckpt_dir)
     before = peak = own_bytes()
     is_loaded = Event()
@@ -88,8 +86,9 @@ def main(ckpt_dir: Path) -> None:
     is_loaded.set()
     watcher.join()
     sizes = [part.place.nbytes for part in checkpoint.parts(model)]
-    print(json.dumps({"weights": sum(sizes), "largest": max(sizes), "peak": peak - before}))
+    return {"weights": sum(sizes), "largest": max(sizes), "peak": peak - before}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    measure(Path(FIRST))  # what torch sets up at its first use is not ours to count
+    print(json.dumps({name: measure(Path(name)) for name in sys.argv[1:]}))

@@ -37,6 +37,13 @@ def test_a_tokenizer_folder_means_the_tokenizer_in_it(tmp_path: Path) -> None:
     assert parse(["--tokenizer_path", str(tmp_path)], {}).tokenizer_path == tmp_path / "tokenizer.model"
 
 
+def test_random_weights_take_the_demos_tokenizer_unless_another_is_given(tmp_path: Path) -> None:
+    settings = parse(["--ckpt_dir", "random:8x7b"], {})
+    assert (str(settings.ckpt_dir), settings.tokenizer_path) == ("random:8x7b", DEMO_CKPT_DIR / "tokenizer.model")
+    settings = parse(["--ckpt_dir", "random:8x7b", "--tokenizer_path", str(tmp_path)], {})
+    assert settings.tokenizer_path == tmp_path / "tokenizer.model"
+
+
 def test_the_key_comes_from_the_flag_before_the_environment() -> None:
     assert parse(SERVER, KEY).api_auth_key == "mx-key"
     assert parse([*SERVER, "--api_auth_key", "other"], KEY).api_auth_key == "other"
