@@ -179,8 +179,10 @@ def build_app(service: Service) -> web.Application:
     app = web.Application(middlewares=[answering(service)], client_max_size=2**62)  # bodies are read by routes/body.py alone
     for route in ROUTES:
         answer = _public(service, route) if isinstance(route, PublicRoute) else _guarded(service, route)
-        add = partial(app.router.add_get, allow_head=True) if route.method == "GET" else partial(app.router.add_route, route.method)
-        add(route.path, answer, expect_handler=partial(expect, service))
+        methods = [route.method, "HEAD"] if isinstance(route, PublicRoute) else [route.method]
+        resource = app.router.add_resource(route.path)
+        for method in methods:
+            resource.add_route(method, answer, expect_handler=partial(expect, service))
     app.on_response_prepare.append(add_headers)
     return app
 

@@ -164,13 +164,6 @@ class Auth:
             raise NotAuthenticated(f"this API key is unknown or revoked; {_KEY_HINT}")
         return Caller(key.user_id, key.scopes, key.id, key.endpoints, key.weight)
 
-    async def still_valid(self, caller: Caller, request: web.Request, scope: Scope) -> bool:
-        """Whether the caller of a long request may go on: their key was not revoked meanwhile."""
-        try:
-            return await self.caller(request, scope) == caller
-        except (NotAuthenticated, NotAllowed):
-            return False
-
     # ---- visitors of the page
 
     def new_cookie(self) -> str:

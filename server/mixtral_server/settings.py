@@ -7,7 +7,6 @@ MIXTRAL_CLIENT_GRACE_S. Leaves to cli.py what is done with them and to endpoints
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import sys
 from collections.abc import Mapping
@@ -143,10 +142,6 @@ def knobs() -> dict[str, Knob]:
     return {one.name: one.metadata["knob"] for one in fields(Settings)}
 
 
-def default_of(name: str) -> Any:
-    return next(one.default for one in fields(Settings) if one.name == name)
-
-
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], env_file: Path | None = None) -> Settings:
     """Settings from flags (name → text as typed), then environment, then env_file. Raises SettingError with one sentence."""
     from_file = read_env_file(env_file) if env_file is not None and env_file.is_file() else {}
@@ -228,7 +223,3 @@ def read_env_file(path: Path) -> dict[str, str]:
             value = value[1:-1]
         found[name.strip()] = value
     return found
-
-
-def replace(settings: Settings, **changes: Any) -> Settings:
-    return dataclasses.replace(settings, **changes)

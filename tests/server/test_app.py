@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import redis
 
 from mixtral_server.app import ROUTES, StartError, serve
 from mixtral_server.routes.service import Route, Stages
-from mixtral_server.settings import Settings, replace
+from mixtral_server.settings import Settings
 from support.http import PATIENCE_S, state_of, text_of, until
 from support.live_server import LiveServer
 from support.redis import RedisProcess, redis_binary
@@ -62,6 +63,15 @@ async def test_unknown_route_and_wrong_method_have_the_error_object(http: aiohtt
     async with http.put("/v1/jobs") as answer:
         error = await error_of(answer)
         assert (answer.status, error["code"], error["message"]) == (405, "method_not_allowed", "/v1/jobs takes POST; got PUT")
+
+
+async def test_head_is_answered_where_no_key_is_needed_and_nowhere_else(http: aiohttp.ClientSession) -> None:
+    for path in ("/", "/livez", "/metrics", "/page/chat.js"):
+        async with http.head(path) as answer:
+            assert (answer.status, await answer.read()) == (200, b"")
+    for path in ("/v1/models", "/v1/jobs/x/events"):
+        async with http.head(path) as answer:
+            assert answer.status == 405
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/nothing", "/", "/livez", "/metrics"])
@@ -206,19 +216,24 @@ async def test_client_that_asks_first_is_told_to_go_on(server: LiveServer) -> No
         assert (await asyncio.wait_for(reader.readline(), PATIENCE_S)).startswith(b"HTTP/1.1 202")
 
 
-async def test_too_large_body_without_a_length_is_cut_at_the_limit(http: aiohttp.ClientSession) -> None:
+async def test_too_large_body_without_a_length_is_cut_at_the_limit(server: LiveServer) -> None:
     sent = 0
-
-    async def endless() -> AsyncIterator[bytes]:
-        nonlocal sent
-        while sent < 2**28:
-            sent += 2**16
-            yield b" " * 2**16
-
-    async with http.post("/v1/chat/completions", data=endless(), headers={"Content-Type": "application/json"}) as answer:
-        assert answer.status == 413
-        error = await error_of(answer)
-    assert error["message"].startswith("the body may be 4,194,304 bytes at most; this one has more than")
+    async with raw(server) as (reader, writer):
+        writer.write(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.client_key}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        answer = asyncio.create_task(reader.readuntil(b"}}"))
+        async with asyncio.timeout(PATIENCE_S):
+            while not answer.done():
+                if writer.transport.get_write_buffer_size() < 2**17:
+                    writer.write(b"10000\r\n" + b" " * 2**16 + b"\r\n")
+                    sent += 2**16
+                await asyncio.sleep(0)
+        head, _, body = (await answer).partition(b"\r\n\r\n")
+        writer.transport.abort()  # what is not sent yet stays so
+    assert head.startswith(b"HTTP/1.1 413")
+    assert json.loads(body)["error"]["message"].startswith("the body may be 4,194,304 bytes at most; this one has more than")
     assert sent < 2**26
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mixtral_server.endpoints import EndpointConfig
-from mixtral_server.settings import SettingError, Settings, knobs, load_settings, read_env_file, replace
+from mixtral_server.settings import SettingError, Settings, knobs, load_settings, read_env_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()

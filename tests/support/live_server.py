@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -18,7 +19,7 @@ from mixtral_server.app import Started, serve
 from mixtral_server.database import Database
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.routes.service import Stages
-from mixtral_server.settings import Settings, replace
+from mixtral_server.settings import Settings
 
 T = TypeVar("T")
 
