@@ -492,6 +492,16 @@ def test_waiting_job_takes_the_blocks_of_lower_ones_but_not_in_vain() -> None:
     assert scheduler.waiting == [low]
 
 
+def test_blocks_that_a_newcomer_would_share_are_not_counted_again_as_those_that_a_lower_job_would_free() -> None:
+    scheduler, engine = make(3, 8)
+    scheduler.admit(sequence("equal", 11, 9))
+    scheduler.admit(low := saying("low", list(range(14)), priority=1))
+    run_step(scheduler, engine)
+    scheduler.admit(saying("newcomer", [*range(12), 96, 97, 98, 99, 100]))  # three of its five blocks are low's
+    run_step(scheduler, engine)
+    assert (low in scheduler.running, scheduler.preemptions) == (True, 0), "one free and low's four are less than five and one kept back"
+
+
 def test_lower_priority_yields_its_blocks_even_if_older() -> None:
     scheduler, engine = make(2, 5)
     scheduler.admit(low := sequence("low", 7, 12, priority=1))
