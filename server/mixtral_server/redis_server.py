@@ -60,8 +60,6 @@ _PERSISTENCE: dict[Durability, tuple[str, ...]] = {
     "strict": ("--appendonly", "yes", "--appendfsync", "always"),
 }
 
-# The kernel ends the child with the thread that started it, so that a server killed with -9 leaves no Redis behind. Set between
-# fork and exec by a short-lived Python: code of ours must not run in a fork of a process with threads.
 _TETHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -211,6 +209,13 @@ def version_of(binary: Path) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------- our own
 
 
+def tethered(command: list[str]) -> list[str]:
+    """The command as a child that the kernel ends with the thread that started it, where it can (Linux): a server killed with -9
+    leaves no Redis behind. Set between fork and exec by a short-lived Python, as code of ours must not run in a fork of a process
+    with threads."""
+    return [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()), *command] if sys.platform == "linux" else command
+
+
 class EmbeddedRedis:
     """`async with EmbeddedRedis(data_dir) as embedded:` – then connect(embedded.url). It answers from the first line on.
 
@@ -310,11 +315,8 @@ class EmbeddedRedis:
         binary = self._binary or find_redis()
         self._refuse_newer_log(binary)
         self._said.clear()
-        tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())] if sys.platform == "linux" else []
         child = await asyncio.create_subprocess_exec(
-            *tether,
-            str(binary),
-            *self._arguments(),
+            *tethered([str(binary), *self._arguments()]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import redis
 
+from mixtral_server.redis_server import tethered
 from support.parts import PartMissing
 
 VERSIONS = ("6.2", "7.0")
@@ -38,7 +39,8 @@ class RedisProcess:
         self.folder = Path(tempfile.mkdtemp(prefix="mixtral-redis-"))
         self.socket = self.folder / "redis.sock"
         self.url = f"unix://{self.socket}"
-        self._command = [str(binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder), "--save", "", *arguments]
+        redis = [str(binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder), "--save", "", *arguments]
+        self._command = tethered(redis)  # a test run that is killed leaves none behind
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RedisProcess:
