@@ -38,3 +38,20 @@ def assert_same(engine: Engine, ids: list[int], expected: torch.Tensor) -> None:
         row = Row(0, start, tuple(ids[start:end]), (3, 0, 2, 1)[: -(-end // 16)], samples=True, offset=1, sampling=Sampling())
         ours = engine.logits(StepPlan(Kind.STEP, 1, (row,)))
         torch.testing.assert_close(ours[0], expected[end - 1], rtol=0, atol=1e-4)
+
+
+def test_decodes_computed_together_look_through_windows_of_their_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rng, lengths = torch.Generator().manual_seed(2), (5, 12, 33, 50)
+    prompts = [torch.randint(64, (length,), generator=rng).tolist() for length in lengths]
+    theirs = as_transformers(checkpoints["windowed"], tmp_path)
+    engine = Engine.load(checkpoints["windowed"], max_slots=4, max_seq_len=64)
+
+    def row(slot: int, start: int, end: int) -> Row:
+        return Row(slot, start, tuple(prompts[slot][start:end]), tuple(range(4 * slot, 4 * slot + -(-end // 16))), True, 1, Sampling())
+
+    for slot, length in enumerate(lengths):
+        engine.logits(StepPlan(Kind.STEP, 1, (row(slot, 0, length - 1),)))
+    together = engine.logits(StepPlan(Kind.STEP, 2, tuple(row(slot, length - 1, length) for slot, length in enumerate(lengths))))
+    for ours, prompt in zip(together, prompts, strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours, theirs(torch.tensor([prompt])).logits[0, -1], rtol=0, atol=1e-4)
