@@ -2,9 +2,10 @@
 
 python -m support.peak_memory FOLDER …  →  {FOLDER: {"weights": bytes, "largest": bytes of its largest tensor, "peak": bytes}, …}
 
-Counted is anonymous memory: the pages of a mapped file are the kernel's cache, which it drops when memory is short.
+Run it with ENVIRONMENT. Counted is anonymous memory: a mapped file's pages are the kernel's cache, dropped when memory is short.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ LAYOUTS = ("mistral", "first_release", "meta", "huggingface", "random")
 SHAPE = "random:dim=512,n_heads=8,n_kv_heads=4,head_dim=64,hidden_dim=1024,vocab_size=4096,rope_theta=1e6"
 MOE, DENSE = f"{SHAPE},n_layers=2", f"{SHAPE},n_layers=7,n_experts=1,experts_per_token=1"  # 121 MB and 82 MB in tensors of at most 8.4
 FIRST = "random:dim=64,n_layers=1,hidden_dim=64,vocab_size=64"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc would keep freed tensors for the next ones
 SAMPLE_EVERY_S = 0.0005
 
 
@@ -67,6 +69,7 @@ def own_bytes() -> int:
 
 
 def measure(ckpt_dir: Path) -> dict[str, int]:
+    gc.collect()  # or the model before this one would leave while this one comes
     _, model = empty_model(ckpt_dir)
     before = peak = own_bytes()
     is_loaded = Event()

@@ -111,7 +111,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
     root = tmp_path_factory.mktemp("large")
     folders = {layout: str(peak_memory.write_large(layout, root / layout)) for layout in peak_memory.LAYOUTS}
     project = Path(peak_memory.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{project / 'worker'}{os.pathsep}{project / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **peak_memory.ENVIRONMENT, "PYTHONPATH": f"{project / 'worker'}{os.pathsep}{project / 'tests'}"}
     command = [sys.executable, "-m", peak_memory.__name__, *folders.values()]
     ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=100)
     measured = json.loads(ended.stdout)
