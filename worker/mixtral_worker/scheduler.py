@@ -166,7 +166,7 @@ class Scheduler:
                 self._keep(sequence)
                 sequence.produced_ids.append(next_id)
             else:
-                self.pool.forget(sequence.blocks)  # those that it shares too: whoever asks again shall not meet the same numbers
+                self.pool.forget(sequence.blocks)  # also those that it shares, until another's finite logits vouch for them anew
             if next_id < 0 or sequence.is_complete:
                 self._vacate(sequence)
             news.append((sequence, next_id))
