@@ -137,7 +137,7 @@ def test_prefill_of_a_chunk_at_half_the_peak_and_where_bandwidth_stops_to_bound_
 @pytest.mark.parametrize(("model", "minimum_gib", "cards"), [("8x7B", 87, ("A6000", "RTX6000Ada")), ("8x22B", 262, ("A100-80GB", "H100"))])
 def test_minimum_memory_and_gpus_of_the_aime_article(model: str, minimum_gib: int, cards: tuple[str, ...]) -> None:
     assert round(capacity.weights_bytes(capacity.MODELS[model], "bf16") / GIB) == minimum_gib
-    whole = wanted(model, context=capacity.CONTEXTS[model])
+    whole = wanted(model, context=capacity.MODELS[model].max_seq_len)
     for card in cards:
         fitting = [count for count in (1, 2, 4, 8) if fits(whole, Machine(GPUS[card], count).memory())]
         assert fitting == [4, 8], f"the article takes 4 × {card}"
@@ -440,6 +440,15 @@ def test_a_folder_is_planned_by_its_params_json_and_its_own_context(checkpoint: 
     (tmp_path / "params.json").write_text(json.dumps(params | {"max_seq_len": 512}))
     shown = report_of("--model", str(tmp_path), "--gpu", "L4", "--precision", "fp32", "--kv_dtype", "fp32")
     assert (shown["model"], shown["context"], shown["kv_kib_per_token"]) == (tmp_path.name, 512, 2 * 2 * 4 * 8 * 4 / 1024)
+
+
+def test_a_hugging_face_folder_is_planned_by_its_config_json(tmp_path: Path) -> None:
+    config = {"model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= {"intermediate_size": 14336, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
+    config |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = report_of("--model", str(tmp_path), "--gpu", "H200")
+    assert (shown["model"], shown["context"], shown["kv_kib_per_token"]) == (tmp_path.name, 8192, 128)
 
 
 # ---- GPUs

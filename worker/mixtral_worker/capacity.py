@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mixtral_worker.blocks import BLOCK_SIZE
-from mixtral_worker.model.config import ModelConfig, ModelError
+from mixtral_worker.model.config import SHAPES, ModelConfig, ModelError
 
 GIB = 2**30
 INT4_GROUP = 128  # weights that share one 2-byte scale
@@ -27,11 +27,7 @@ MOST_SLOTS = 256
 PREFILL_CHUNK = 512
 LIKE_PRICE = 1.15  # a set-up with less than 15 % more or less bandwidth is no other choice
 
-MODELS = {
-    "8x7B": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 8, 2),
-    "8x22B": ModelConfig(6144, 56, 48, 8, 128, 16384, 32768, 8, 2),
-}
-CONTEXTS = {"8x7B": 32_768, "8x22B": 65_536}
+MODELS = {"8x7B": SHAPES["8x7b"], "8x22B": SHAPES["8x22b"]}
 
 
 # ---- what is to be stored

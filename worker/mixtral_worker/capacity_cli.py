@@ -25,7 +25,6 @@ from mixtral_worker.model.config import ModelConfig, ModelError
 from mixtral_worker.settings import SettingsRefused
 
 GPU_TABLE = Path(__file__).with_name("gpus.toml")
-CONTEXT_OF_MIXTRAL = 32_768  # where params.json is silent
 NVIDIA_SMI_TIMEOUT_S = 20
 TABLE_WIDTH = 120  # where stdout is no terminal
 FITS, FITS_NOT, WRONG_QUESTION = 0, 1, 2
@@ -104,11 +103,11 @@ def plan(given: argparse.Namespace) -> capacity_report.Report:
     """All figures for these flags. Raises SettingsRefused, ModelError, DoesNotFit."""
     _check_numbers(given)
     gpus = read_gpus(GPU_TABLE) | (read_gpus(given.gpu_table) if given.gpu_table else {})
-    name, model, longest = _model(given.model)
+    name, model = _model(given.model)
     machine = _machine(given, gpus, model)
-    context = given.context or longest
-    if context > longest:
-        raise SettingsRefused(f"--context is {context:,}; {name} was made for at most {longest:,}; lower it")
+    context = given.context or model.max_seq_len
+    if context > model.max_seq_len:
+        raise SettingsRefused(f"--context is {context:,}; {name} was made for at most {model.max_seq_len:,}; lower it")
     wanted = Wanted(name, model, given.precision, given.kv_dtype, context, chat_tokens=given.chat_tokens)
     memory = machine.memory(given.memory_share)
     divided = capacity.plan_memory(wanted, memory, ("bf16", "fp8" if machine.gpu.fp8 else "int8", "int4"))
@@ -155,19 +154,17 @@ def _check_numbers(given: argparse.Namespace) -> None:
             raise SettingsRefused(f"--{name} must be {rule}; given {getattr(given, name)}")
 
 
-def _model(asked: str) -> tuple[str, ModelConfig, int]:
-    """Name, shape and longest context."""
+def _model(asked: str) -> tuple[str, ModelConfig]:
+    """Name and shape of a model known by name, of a checkpoint folder, or of one named as random:…"""
     known = {name.lower(): name for name in capacity.MODELS}
     if asked.lower() in known:
         name = known[asked.lower()]
-        return name, capacity.MODELS[name], capacity.CONTEXTS[name]
+        return name, capacity.MODELS[name]
     folder = Path(asked)
-    if not folder.is_dir():
+    if not (folder.is_dir() or asked.startswith("random:")):
         raise SettingsRefused(f"--model {asked} is neither {' nor '.join(capacity.MODELS)} nor a folder; give one of them")
     model = ModelConfig.read(folder)
-    params = folder / "params.json"
-    longest = json.loads(params.read_text(encoding="utf-8")).get("max_seq_len") if params.is_file() else None
-    return folder.resolve().name, model, longest or CONTEXT_OF_MIXTRAL
+    return asked if asked.startswith("random:") else folder.resolve().name, model
 
 
 # ---- GPUs
