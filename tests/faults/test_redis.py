@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 
 import pytest
@@ -98,6 +99,23 @@ async def lose_what_follows(house: House, chats: list[Chat], *killed: Program) -
     house.redis.crash()
     os.truncate(log, kept_bytes)
     house.redis.start()
+
+
+async def test_full_disk_refuses_new_work_and_costs_running_chats_a_pause(house: House, readers: Readers) -> None:
+    """A limit on the size of its files is to Redis what a full disk is: its log cannot grow."""
+    await house.hire(endpoint=STEADY)
+    chats = await started(readers, 3, model=STEADY)
+    log = house.redis.folder / "appendonly.aof"
+    resource.prlimit(house.redis.pid, resource.RLIMIT_FSIZE, (log.stat().st_size, resource.RLIM_INFINITY))
+    with redis.Redis(unix_socket_path=str(house.redis.socket)) as client:
+        await until(lambda: client.info("persistence")["aof_last_write_status"] == "err")
+    async with readers.http.post(house.a.url + "/v1/jobs", json=chats[0].body) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "redis_unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+    resource.prlimit(house.redis.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    chats.append(readers.start("when there is room again", tokens=10, model=STEADY))
+    await readers.ended(*chats)
+    assert [(await readers.view(chat)).attempt for chat in chats] == [1] * 4
 
 
 async def test_flushed_scripts_are_loaded_again_while_chats_run(house: House, readers: Readers) -> None:

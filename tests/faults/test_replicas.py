@@ -78,6 +78,17 @@ async def test_openai_call_cut_by_a_killed_replica_is_taken_up_by_its_idempotenc
     assert worker.said().count("event=taken") == 1, "the same job, not a second one"
 
 
+async def test_two_hundred_readers_of_a_killed_replica_all_resume_at_another(house: House, readers: Readers) -> None:
+    """Most of their chats wait in the queue, some are in the middle of their answer."""
+    chats = [readers.start(f"chat {number}", seed=number, tokens=12, model=STEADY) for number in range(200)]
+    await until(lambda: all(chat.connections for chat in chats))
+    await house.hire(house.b.url, endpoint=STEADY, slots=64, token_ms=50)
+    await until(lambda: sum(chat.offset >= 3 for chat in chats) >= 32)
+    house.a.kill()
+    await readers.ended(*chats)
+    assert sum(chat.connections >= 2 for chat in chats) >= 100
+
+
 async def test_turn_committed_by_a_replica_that_died_before_its_answer_is_repeated_without_a_double_token(house: House) -> None:
     """The replica has answered, so the tokens are committed; the worker never hears of it. The readers are at the other replica."""
     async with FaultProxy(*house.urls) as proxy, Readers([house.b.url], house.key("client")) as elsewhere:

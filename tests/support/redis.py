@@ -62,7 +62,13 @@ class RedisProcess:
 
     def start(self) -> None:
         """Start it, or start it again; returns when it answers."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(
+            self._command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            restore_signals=False,  # SIGXFSZ stays ignored: a file that may not grow is an error to Redis, not its end
+        )
         deadline = time.monotonic() + START_TIMEOUT_S
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             while True:
