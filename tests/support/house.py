@@ -37,7 +37,7 @@ class Program:
     def __init__(self, module: str, arguments: list[str], log: Path, **environment: str) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         own = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
-        paths = os.pathsep.join(str(ROOT / part) for part in ("worker", "clients/python", "tests"))
+        paths = os.pathsep.join(str(ROOT / part) for part in ("server", "worker", "clients/python", "tests"))
         self._environment = own | {"PYTHONPATH": paths} | environment
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
