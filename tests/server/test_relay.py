@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 
 import mixtral_server.relay
 from mixtral_client.protocol import FrameError, event_id, ids_crc, parse_event_id
 from mixtral_server.errors import JobNotFound, RedisUnavailable
-from mixtral_server.queue import Entry, JobQueue, QueueLimits, Snapshot
+from mixtral_server.queue import Entry, JobQueue, Place, QueueLimits, Snapshot
 from mixtral_server.redis_server import connect
 from mixtral_server.relay import MAX_KEPT_TOKENS, Cursor, Followed, Relay
 from support.queue_bench import ENDPOINT, Bench, frame
@@ -191,10 +191,19 @@ async def test_a_waiting_follower_hears_its_place_when_it_changes(bench: Bench, 
     monkeypatch.setattr(mixtral_server.relay, "MIN_PLACE_EVERY_S", 0.02)
     monkeypatch.setattr(mixtral_server.relay, "PLACE_EVERY_S", 0.0)
     jobs = [await bench.put() for _ in range(3)]
+    asked = asyncio.Semaphore(0)
+    place = JobQueue.place
+
+    async def counted(queue: JobQueue, job_id: str) -> Place | None:
+        asked.release()
+        return await place(queue, job_id)
+
+    monkeypatch.setattr(JobQueue, "place", counted)
     reader = Reader(relay, jobs[2])
-    await reader.until("queued")
-    for job in jobs[:2]:
-        told = len(reader.events)
+    for _ in range(5):  # it asks again and again, and says nothing while nothing changes
+        await asked.acquire()
+    for told, job in enumerate(jobs[:2], 1):
+        assert len(reader.events) == told
         await bench.queue.cancel(job)
         async with asyncio.timeout(HANG_S):
             while len(reader.events) == told:
@@ -205,9 +214,10 @@ async def test_a_waiting_follower_hears_its_place_when_it_changes(bench: Bench, 
 
 async def test_a_moved_job_tells_its_follower_and_goes_on(bench: Bench, relay: Relay) -> None:
     job_id, dead = await bench.put(), await bench.worker()
+    reader = Reader(relay, job_id)
+    await reader.until("queued")
     [job] = await dead.take()
     await dead.turn(frame(job, 1, "abc"))
-    reader = Reader(relay, job_id)
     await reader.until_text("abc")
     await bench.lapse(dead)
     await bench.queue.reap(ENDPOINT)
@@ -301,6 +311,7 @@ async def test_a_follower_that_leaves_is_forgotten(bench: Bench, relay: Relay) -
     assert relay.followers == 1
     await reader.leave()
     assert relay.followers == 0
+    assert relay._followers == {}
 
 
 async def test_an_unknown_job_is_not_found(bench: Bench, relay: Relay) -> None:
@@ -346,7 +357,8 @@ def own_redis(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
         yield server
 
 
-async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess) -> None:
+async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)  # the channel's return must be enough
     redis = connect(own_redis.url)
     bench = Bench(JobQueue(redis, {ENDPOINT: QueueLimits()}), redis)
     job_id, worker = await bench.put(), await bench.worker()
@@ -364,6 +376,34 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess) 
     assert reader.text == "abcdef"
     assert reader.kinds == [*["token"] * 6, "done"]
     await redis.aclose()
+
+
+async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live channel stays open, but for a while there is no connection to read the log with."""
+    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)
+    pool = BlockingConnectionPool.from_url(redis_process.url, max_connections=2, timeout=0.05, socket_timeout=None, decode_responses=True)
+    small = Redis.from_pool(pool)
+    queue = JobQueue(small, {ENDPOINT: QueueLimits()})
+    job_id, worker = await bench.put(), await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "abc"))
+    async with Relay(small, queue) as relay:
+        await subscribed(relay)
+        reader = Reader(relay, job_id)
+        await reader.until_text("abc")
+        busy = asyncio.ensure_future(small.blpop(["busy"]))
+        async with asyncio.timeout(HANG_S):
+            while not (await bench.redis.info("clients"))["blocked_clients"]:
+                pass
+        await bench.queue.cancel(job_id)
+        for _ in range(3):
+            with pytest.raises(RedisUnavailable):
+                await queue.read(job_id)
+        await bench.redis.rpush("busy", "no more")
+        await busy
+        await reader.end()
+        assert reader.kinds[-1] == "done"
+    await small.aclose()
 
 
 # ------------------------------------------------------------------------------------------------ parked turns
@@ -420,6 +460,22 @@ def snapshot_of(log: list[Entry], after: int, attempt: int = 1) -> Snapshot:
     return Snapshot("j", ENDPOINT, "ann", "", "streaming", 0, 0.0, attempt, n, entries)
 
 
+def letters(first: int, text: str) -> Entry:
+    return Entry(first, tuple(map(ord, text)), tuple(text))
+
+
+def test_news_that_do_not_continue_what_was_sent_ask_to_start_over() -> None:
+    cursor = Cursor()
+    cursor.start_over(snapshot_of([letters(1, "abc")], 0))
+    assert cursor.add(letters(5, "e")) is None
+    assert cursor.add(letters(5, "ef")) is None
+    assert cursor.add(letters(3, "xd")) is None
+    assert cursor.catch_up(snapshot_of([letters(1, "ab"), letters(3, "xyz")], cursor.offset)) is None
+    assert cursor.catch_up(snapshot_of([letters(1, "ab")], cursor.offset)) is None
+    assert cursor.add(letters(1, "ab")) == []
+    assert [followed.ids for followed in cursor.add(letters(3, "cd")) or ()] == [(ord("d"),)]
+
+
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.lists(st.integers(0, 3), min_size=1, max_size=4), st.booleans()),
@@ -445,6 +501,7 @@ def test_whatever_is_lost_or_repeated_the_reader_ends_with_the_log(plan: list[tu
             if followed.event.event == "token":
                 sent.extend(followed.ids)
                 assert followed.event.offset == len(sent)
+                assert sent == [token for entry in log for token in entry.ids][: len(sent)]
             assert followed.id == event_id(len(sent), ids_crc(sent))
         return events is not None
 
