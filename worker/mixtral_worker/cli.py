@@ -1,4 +1,4 @@
-"""Entry of `torchrun worker`: flags → Settings → startup.
+"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity and perplexity.
 
 Decides who speaks (help: rank 0; logs: rank 0; errors: the first rank of a host) and with which code a rank ends: 0 after an orderly stop,
 2 for settings or a checkpoint that cannot work, 1 for everything else. Imports torch only once the settings hold.
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mixtral_worker.settings import SettingsRefused, parse
@@ -27,6 +28,8 @@ def main() -> None:
         sys.exit(0 if rank else capacity_cli.main(argv[1:]))
     if rank and {"-h", "--help"} & set(argv):
         sys.exit(0)
+    if argv[:1] == ["perplexity"]:
+        _perplexity(rank, argv[1:])
     try:
         settings = parse(argv, os.environ)
     except SettingsRefused as refused:
@@ -35,19 +38,46 @@ def main() -> None:
     _log_to_stderr(settings.log_level.upper() if rank == 0 else "ERROR", rank)
     LOG.info(line("starting", ckpt_dir=settings.ckpt_dir, ranks=os.environ.get("WORLD_SIZE", "1"), pid=os.getpid()))
 
+    _let_threads_sleep()
+    from mixtral_worker import startup
+
+    _end_with(lambda: startup.run(settings, signals), rank)
+
+
+def _perplexity(rank: int, argv: Sequence[str]) -> NoReturn:
+    from mixtral_worker import perplexity_cli
+
+    try:
+        asked = perplexity_cli.parse(argv)
+    except SettingsRefused as refused:
+        _refuse(refused, WRONG_SETTINGS)
+    _log_to_stderr("WARNING" if rank == 0 else "ERROR", rank)
+    _let_threads_sleep()
+    from mixtral_worker import perplexity_report
+
+    _end_with(lambda: perplexity_report.run(asked), rank)
+
+
+def _let_threads_sleep() -> None:
     # On a busy CPU, threads that spin at every barrier of a step wait for one that does not get to run. Measured on 2 cores at a load of
-    # 7 with 16 chats of the demo model: 2 to 10 s a step; with threads that sleep, 0.05 s. Read when torch is loaded, hence here.
+    # 7 with 16 chats of the demo model: 2 to 10 s a step; with threads that sleep, 0.05 s. Read when torch is loaded, hence before it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _end_with(work: Callable[[], int], rank: int) -> NoReturn:
+    """Run this rank to its end; what refuses or breaks it decides the code."""
     from mixtral_worker import startup
 
     try:
-        _end(startup.run(settings, signals))
+        _end(work())
     except startup.REFUSALS as refused:
         _refuse(refused, WRONG_SETTINGS)
     except startup.LinkRefused as refused:
         _refuse(refused, FAILED)
     except Exception:  # noqa: BLE001 - logged with its traceback, and this rank's end ends the others
         LOG.exception(line("rank_failed", rank=rank))
+        _end(FAILED)
+    except KeyboardInterrupt:
         _end(FAILED)
 
 

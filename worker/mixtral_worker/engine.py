@@ -81,10 +81,14 @@ class Engine:
         return ids
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan) -> Tensor:
-        """Feed the plan's tokens. Returns the logits after each row that samples, [rows, V] on every rank."""
+    def logits(self, plan: StepPlan, last: Sequence[int] | None = None) -> Tensor:
+        """Feed the plan's tokens. Returns the logits after each row that samples, [rows, V] on every rank.
+
+        With `last`: after so many last tokens of each row instead, [sum(last), V].
+        """
         self._wipe_new_blocks(plan.rows)
-        logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._wanted(plan.rows))
+        wanted = self._wanted(plan.rows, [row.samples for row in plan.rows] if last is None else last)
+        logits: Tensor = self.model(self._batch(plan.rows), self.cache, wanted)
         return logits
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
@@ -139,10 +143,10 @@ class Engine:
         window = self.config.sliding_window
         return max(0, row.start + 1 - window) // self.cache.block_size if window else 0
 
-    def _wanted(self, rows: Sequence[Row]) -> Tensor:
-        """Places in the flat batch of the tokens whose logits are sampled."""
-        lasts = accumulate(len(row.tokens) for row in rows)
-        return self._tensor([last - 1 for row, last in zip(rows, lasts, strict=True) if row.samples])
+    def _wanted(self, rows: Sequence[Row], last: Sequence[int]) -> Tensor:
+        """Places in the flat batch of so many last tokens of each row."""
+        ends = accumulate(len(row.tokens) for row in rows)
+        return self._tensor([place for end, count in zip(ends, last, strict=True) for place in range(end - count, end)])
 
     def _wipe_new_blocks(self, rows: Sequence[Row]) -> None:
         size = self.cache.block_size

@@ -46,8 +46,8 @@ def run(settings: Settings, signals: Signals) -> int:
     config = ModelConfig.read(settings.ckpt_dir)
     config.require_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     max_seq_len = _max_seq_len(settings, config.max_seq_len)
-    tokenizer = _tokenizer(settings.tokenizer_path, config)
-    prompt_format = resolve_format(tokenizer, _declared_format(settings.ckpt_dir), settings.prompt_format)
+    tokenizer = read_tokenizer(settings.tokenizer_path, config)
+    prompt_format = resolve_format(tokenizer, declared_format(settings.ckpt_dir), settings.prompt_format)
     with ExitStack() as stack:
         with redirect_stdout(io.StringIO()):  # fairscale prints, and stdout is the answer's
             here = stack.enter_context(ranks.join(settings.device))
@@ -94,14 +94,14 @@ def _max_seq_len(settings: Settings, allowed: int) -> int:
     return settings.max_seq_len or allowed
 
 
-def _declared_format(ckpt_dir: Path) -> str | None:
+def declared_format(ckpt_dir: Path) -> str | None:
     """The prompt format that the checkpoint's folder names; only params.json can."""
     path = ckpt_dir / "params.json"
     declared: str | None = json.loads(path.read_text(encoding="utf-8")).get("prompt_format") if path.is_file() else None
     return declared
 
 
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(f"{path} has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}; give the model's own tokenizer")
@@ -118,7 +118,7 @@ def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int
             told_s = time.monotonic()
             LOG.info(line("loading", read_mb=done_bytes >> 20, of_mb=total_bytes >> 20, percent=100 * done_bytes // total_bytes))
 
-    dtype = _dtype(settings.dtype, here.device)
+    dtype = dtype_of(settings.dtype, here.device)
     engine = Engine.load(
         settings.ckpt_dir,
         dtype=dtype,
@@ -145,7 +145,7 @@ def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int
     return engine
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

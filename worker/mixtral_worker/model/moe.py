@@ -31,8 +31,12 @@ class MoE(nn.Module):
         self.w13 = nn.Parameter(torch.empty(config.n_experts, 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
         self.w2 = nn.Parameter(torch.empty(config.n_experts, config.dim, hidden), requires_grad=False)  # [E, dim, F]
 
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's choice for x [T, dim] → weights [T, k] float32, experts [T, k]."""
+        return route(F.linear(x.float(), self.gate.float()), self.experts_per_token)
+
     def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
-        weights, experts = route(F.linear(x.float(), self.gate.float()), self.experts_per_token)
+        weights, experts = self.choose(x)
         pairs = experts.flatten()  # [P]
         order = pairs.argsort(stable=True)  # pairs sorted by expert
         ends = torch.bincount(pairs, minlength=len(self.gate)).cumsum(0)  # [E] where each expert's pairs end
