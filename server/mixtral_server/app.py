@@ -34,7 +34,9 @@ from mixtral_server.metrics import Metrics
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import Durability, open_redis
 from mixtral_server.relay import Relay
-from mixtral_server.routes import jobs, openai, pages, status, worker
+from mixtral_server.routes import aime, jobs, openai, pages, status, worker
+from mixtral_server.routes.aime_tickets import Tickets
+from mixtral_server.routes.aime_views import Texts, Workers
 from mixtral_server.routes.service import PublicRoute, Route, Service, Stages, is_set_within
 from mixtral_server.settings import Settings
 from mixtral_server.tasks import end
@@ -42,7 +44,14 @@ from mixtral_server.upkeep import upkeep_of
 
 log = logging.getLogger(__name__)
 
-ROUTES: tuple[Route | PublicRoute, ...] = (*openai.ROUTES, *jobs.ROUTES, *worker.ROUTES, *status.ROUTES, *pages.ROUTES)
+ROUTES: tuple[Route | PublicRoute, ...] = (
+    *openai.ROUTES,
+    *jobs.ROUTES,
+    *worker.ROUTES,
+    *status.ROUTES,
+    *pages.ROUTES,
+    *aime.ROUTES,  # last: a name that another route has stays that route's
+)
 
 LAST_CUT_S = 3.0  # after the stage `closing`, handlers still running are cancelled
 
@@ -77,6 +86,7 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
             await database.make_ready()
             first_keys = await accounts.create_first_keys(time.time())
             cookie_secret = await accounts.shared_secret("visitor_cookie")
+            aime_secret = await accounts.shared_secret("aime_tickets")
             await ring.refresh()
         except DatabaseError as error:
             raise StartError(f"the database cannot be used: {first_line(error)}; see --database_url and --data_dir") from error
@@ -103,7 +113,7 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
         )
         upkeep = [group.create_task(work) for work in upkeep_of(service, history, ring)]
         try:
-            await _answer_until_the_end(service, listening, first_keys, on_started)
+            await _answer_until_the_end(service, build_app(service, aime_secret), listening, first_keys, on_started)
         finally:
             for stage in (stages.leaving, stages.draining, stages.closing):
                 stage.set()
@@ -111,10 +121,14 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
 
 
 async def _answer_until_the_end(
-    service: Service, listening: socket.socket, first_keys: Mapping[Scope, str] | None, on_started: Callable[[Started], None]
+    service: Service,
+    app: web.Application,
+    listening: socket.socket,
+    first_keys: Mapping[Scope, str] | None,
+    on_started: Callable[[Started], None],
 ) -> None:
     runner = web.AppRunner(
-        build_app(service), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_CUT_S, **connection_options(service.settings)
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_CUT_S, **connection_options(service.settings)
     )
     await runner.setup()
     assert runner.server is not None  # setup() made it
@@ -174,17 +188,24 @@ def make_data_dir(path: Path) -> None:
         raise StartError(f"data_dir {path} cannot be made: {error.strerror}; give another --data_dir") from error
 
 
-def build_app(service: Service) -> web.Application:
+def build_app(service: Service, aime_secret: bytes) -> web.Application:
     """Every route of ROUTES behind its check of who asks."""
     app = web.Application(middlewares=[answering(service)], client_max_size=2**62)  # bodies are read by routes/body.py alone
+    app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), Workers(service.queue, time.monotonic))
+    names = "|".join(service.endpoints)
     for route in ROUTES:
         answer = _public(service, route) if isinstance(route, PublicRoute) else _guarded(service, route)
-        methods = [route.method, "HEAD"] if isinstance(route, PublicRoute) else [route.method]
-        resource = app.router.add_resource(route.path)
-        for method in methods:
+        resource = app.router.add_resource(route.path.replace("{endpoint}", f"{{endpoint:{names}}}"))
+        for method in methods_of(route):
             resource.add_route(method, answer, expect_handler=partial(expect, service))
     app.on_response_prepare.append(add_headers)
     return app
+
+
+def methods_of(route: Route | PublicRoute) -> list[str]:
+    if isinstance(route, aime.CrossOriginRoute):
+        return ["GET", "POST", "OPTIONS"]
+    return [route.method, "HEAD"] if isinstance(route, PublicRoute) else [route.method]
 
 
 def _public(service: Service, route: PublicRoute) -> Handler:
