@@ -273,12 +273,13 @@ def test_same_seed_same_interval_and_another_seed_another_one() -> None:
     assert intervals[0].value == intervals[2].value
 
 
-def test_few_documents_are_resampled_by_windows_and_a_single_window_has_no_interval() -> None:
+def test_few_documents_are_resampled_by_windows_and_few_windows_have_no_interval() -> None:
     windows, losses = made(list(np.random.default_rng(3).normal(20, 5, 60)), per_document=10)
     outcome = perplexity.evaluate(windows, [losses], 0)
     assert (outcome.unit, outcome.units) == ("windows", 60)
-    single = perplexity.evaluate(windows[:1], [losses[:1]], 0).results[0].perplexity
-    assert (single.low, single.high) == (None, None)
+    for count, has_interval in ((1, False), (19, False), (20, True)):
+        found = perplexity.evaluate(windows[:count], [losses[:count]], 0).results[0].perplexity
+        assert (found.low is not None, found.high is not None) == (has_interval, has_interval)
 
 
 # ---- experts

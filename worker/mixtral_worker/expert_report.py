@@ -232,7 +232,7 @@ def svg(experts: Experts, title: str) -> str:
         chats = f"{step.batch_size} chat{'s' * (step.batch_size > 1)}"
         body.append(_text(LEFT, text_top + 22 * i, f"{chats}: {step.measured:.2f} measured, {step.even:.2f} if drawn evenly"))
     style = "text{font:12px sans-serif;fill:#222}.title{font-size:15px;font-weight:bold}.bold{font-weight:bold}"
-    anchors = ".middle{text-anchor:middle}.end{text-anchor:end}text.light{fill:#fff}rect{stroke:#ccc;stroke-width:.5}"
+    anchors = ".middle{text-anchor:middle}.end{text-anchor:end}text.light{fill:#fff}.cell{stroke:#ccc;stroke-width:.5}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title, quote=True)}">'
         f'<style>{style}{anchors}</style><rect width="{width:g}" height="{height:g}" fill="#fff"/>{"".join(body)}</svg>\n'
@@ -247,7 +247,7 @@ def _cell(x: float, y: float, width: float, height: float, strength: float, word
     """A cell from white (0) to dark blue (1 and above), its value as a tooltip."""
     colour = _mix((255, 255, 255), (20, 60, 120), min(1.0, max(0.0, strength)))
     place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
-    return f'<rect {place} fill="{colour}"><title>{escape(words)}</title></rect>'
+    return f'<rect class="cell" {place} fill="{colour}"><title>{escape(words)}</title></rect>'
 
 
 def _mix(light: Sequence[int], dark: Sequence[int], share: float) -> str:

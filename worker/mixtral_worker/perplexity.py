@@ -28,7 +28,7 @@ from mixtral_worker.tokenizer import Tokenizer
 STEP_TOKENS = 2048  # computed at once; bounds the logits to [2048, V]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-ENOUGH_DOCUMENTS = 20  # fewer say little about how documents differ; then windows are resampled
+ENOUGH_UNITS = 20  # fewer say too little about how much they differ: for few documents their windows are drawn, for few windows nothing
 
 Numbers = npt.NDArray[np.float64]
 
@@ -147,7 +147,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the interval that holds it in CONFIDENCE of all resamples; None where there is but one unit to resample."""
+    """A value with the interval that holds it in CONFIDENCE of all resamples; None where there are too few units to resample."""
 
     value: float
     low: float | None
@@ -177,7 +177,7 @@ def evaluate(all_windows: Sequence[Window], losses: Sequence[Numbers], seed: int
     """Figures of each precision from its windows' losses; intervals by a bootstrap over documents, or over windows of few documents."""
     owners = np.array([window.document for window in all_windows])
     unit = "documents"
-    if len(np.unique(owners)) < ENOUGH_DOCUMENTS:
+    if len(np.unique(owners)) < ENOUGH_UNITS:
         unit, owners = "windows", np.arange(len(all_windows))
     _, places = np.unique(owners, return_inverse=True)
     tokens = np.bincount(places, [len(window.targets) for window in all_windows])
@@ -206,7 +206,7 @@ def evaluate(all_windows: Sequence[Window], losses: Sequence[Numbers], seed: int
 
 
 def _estimate(value: float, resampled: Numbers, units: int) -> Estimate:
-    if units < 2:
+    if units < ENOUGH_UNITS:
         return Estimate(value, None, None)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(value, float(low), float(high))

@@ -28,7 +28,7 @@ from mixtral_worker.engine import Engine
 from mixtral_worker.expert_report import Experts
 from mixtral_worker.model.config import ModelConfig, ModelError
 from mixtral_worker.model.parallel import Shard
-from mixtral_worker.perplexity import CONFIDENCE, RESAMPLES, Document, Estimate, Numbers, Outcome, Step, Window
+from mixtral_worker.perplexity import CONFIDENCE, ENOUGH_UNITS, RESAMPLES, Document, Estimate, Numbers, Outcome, Step, Window
 from mixtral_worker.perplexity_cli import PRECISIONS, Asked
 from mixtral_worker.prompt import resolve_format
 from mixtral_worker.ranks import Ranks
@@ -214,15 +214,19 @@ def _head(report: Report) -> str:
     found = report.outcome
     form = "" if report.as_answer_to is None else f", each as the answer to {report.as_answer_to!r}"
     return (
-        f"{report.model} on {report.text}: {report.documents:,} documents{form}, "
+        f"{report.model} on {report.text}: {_count(report.documents, 'documents')}{form}, "
         f"{found.tokens:,} tokens scored, {found.text_bytes:,} bytes\n"
-        f"window {report.window:,}, stride {report.stride:,}, {report.ranks} rank{'s' * (report.ranks > 1)} on {report.device}; "
+        f"window {report.window:,}, stride {report.stride:,}, {_count(report.ranks, 'ranks')} on {report.device}; "
         + (
             f"in brackets: {CONFIDENCE:.0%} of {RESAMPLES:,} resamples of {found.units:,} {found.unit}, seed {report.seed}"
-            if found.units > 1
-            else "no interval: a single window"
+            if found.units >= ENOUGH_UNITS
+            else f"no interval: {_count(found.units, found.unit)}, an interval takes {ENOUGH_UNITS}; lower --stride"
         )
     )
+
+
+def _count(number: int, things: str) -> str:
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
 
 
 def _table(report: Report) -> Table:
