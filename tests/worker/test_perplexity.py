@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -18,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_worker import expert_report, perplexity
+from mixtral_worker import expert_report, perplexity, perplexity_report
 from mixtral_worker.demo import DEMO_CKPT_DIR
 from mixtral_worker.engine import Engine
 from mixtral_worker.model.moe import MoE
@@ -388,8 +390,6 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(flags: list[str], words
 
 
 def test_text_window_and_outputs_that_cannot_be_are_refused_with_code_2_before_any_weight_is_read(tiny: Path, tmp_path: Path) -> None:
-    from mixtral_worker import perplexity_report
-
     text, empty, binary = tmp_path / "text", tmp_path / "empty", tmp_path / "binary"
     text.write_text("A cat.")
     empty.write_text("\n<|endoftext|>\n  \n")
@@ -408,6 +408,33 @@ def test_text_window_and_outputs_that_cannot_be_are_refused_with_code_2_before_a
     ended = worker(*base, "--text", str(empty))
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("mixtral-worker: --text")
+
+
+def test_expert_report_of_a_model_without_experts_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(SettingsRefused, match="--expert_report needs a model with experts"):
+        perplexity_report.run(parse(["--ckpt_dir", str(checkpoints["dense"]), "--text", "x", "--expert_report"]))
+
+
+def test_hosts_whose_texts_differ_refuse_instead_of_waiting_for_one_another(tiny: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    started = []
+    for rank, words in enumerate(("The cat went to the park.", "The cat went to the park. The dog too.")):
+        text = tmp_path / f"of_host_{rank}"
+        text.write_text(words)
+        command = [sys.executable, "-m", "worker", "perplexity", "--ckpt_dir", str(tiny), "--text", str(text), "--device", "cpu"]
+        environment = {**os.environ, **meeting, "RANK": str(rank)}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        for one in started:
+            shown, log = one.communicate(timeout=LIMIT_S / 2)
+            assert (one.returncode, shown) == (2, "")
+            assert "differs between the hosts of this torchrun" in log
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
 
 
 def test_logits_that_are_not_finite_are_said_and_no_perplexity_is_printed(tiny: Path, tmp_path: Path) -> None:
