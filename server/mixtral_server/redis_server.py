@@ -111,6 +111,10 @@ _CONNECTIONS = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnectio
 def connect(url: str) -> Redis:
     """A client with decoded answers, a bounded pool and a deadline on every call. Does not connect yet. Raises ValueError for a URL
     that is none of redis://, rediss:// and unix://."""
+    return _client(url, Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2))
+
+
+def _client(url: str, retry: Retry) -> Redis:
     options: dict[str, Any] = dict(parse_url(url))
     options["connection_class"] = _CONNECTIONS[options.get("connection_class", Connection)]
     pool = BlockingConnectionPool(
@@ -119,7 +123,7 @@ def connect(url: str) -> Redis:
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CALL_TIMEOUT_S,
         decode_responses=True,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
+        retry=retry,
         **options,
     )
     return Redis.from_pool(pool)
@@ -385,7 +389,7 @@ class EmbeddedRedis:
     @asynccontextmanager
     async def _probe(self) -> AsyncIterator[Redis]:
         """A client that asks once."""
-        redis = Redis(unix_socket_path=str(self._socket), socket_timeout=CALL_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
+        redis = _client(self.url, Retry(NoBackoff(), 0))
         try:
             yield redis
         finally:

@@ -135,6 +135,15 @@ async def test_it_is_started_again_however_often_it_dies(tmp_path: Path) -> None
         assert embedded.pid not in pids
 
 
+async def test_a_server_can_end_at_any_moment_of_a_restart(tmp_path: Path) -> None:
+    for wait_ms in range(0, 120, 4):
+        embedded = EmbeddedRedis(tmp_path, binary=redis_binary("6.2"))
+        async with asyncio.timeout(HANG_S), embedded:
+            assert embedded.pid
+            os.kill(embedded.pid, signal.SIGKILL)
+            await asyncio.sleep(wait_ms / 1000)  # anywhere between the death and the new start
+
+
 OWNER = """
 import asyncio, sys
 from pathlib import Path
