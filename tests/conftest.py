@@ -1,7 +1,8 @@
-"""What holds for every test: missing parts are named once, in one sentence each, as the last thing that a run prints."""
+"""What holds for every test: missing parts are named once, in one sentence each, as the last thing that a run prints; Ctrl-C is Ctrl-C."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -13,6 +14,9 @@ _missing = pytest.StashKey[set[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_missing] = set()
+    # A shell starts background commands with SIGINT ignored, and every program that a test starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,8 @@
 """Ending tasks for sure.
 
 Under Python 3.11, asyncio.wait_for swallows a cancellation that comes in the moment its inner call ends, and redis-py sends every command
-through it. So one cancel() of a task that speaks to Redis may be lost: it is asked again until it has ended.
+through it. So one cancel() of a task that speaks to Redis may be lost: it is asked again until it has ended. Not at once, though: a second
+cancel() that meets a task in its clean-up would break that off, and leave a database connection's thread behind.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 from collections.abc import Collection
 from typing import Any
 
-ASK_AGAIN_S = 0.05
+ASK_AGAIN_S = 1.0
 
 
 async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
