@@ -11,8 +11,9 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -133,15 +134,6 @@ async def test_it_is_started_again_however_often_it_dies(tmp_path: Path) -> None
             await gone(embedded.pid)
             await answers(client)
         assert embedded.pid not in pids
-
-
-async def test_a_server_can_end_at_any_moment_of_a_restart(tmp_path: Path) -> None:
-    for wait_ms in range(0, 120, 4):
-        embedded = EmbeddedRedis(tmp_path, binary=redis_binary("6.2"))
-        async with asyncio.timeout(HANG_S), embedded:
-            assert embedded.pid
-            os.kill(embedded.pid, signal.SIGKILL)
-            await asyncio.sleep(wait_ms / 1000)  # anywhere between the death and the new start
 
 
 OWNER = """
@@ -361,21 +353,35 @@ async def test_an_eviction_policy_that_loses_jobs_is_warned_of(
         await redis.config_set("maxmemory-policy", "noeviction")
 
 
-async def test_a_call_can_be_cancelled_at_any_moment(redis_process: RedisProcess) -> None:
-    """The client's own writes swallow a cancellation that comes at the wrong step."""
-    client = connect(redis_process.url)
+async def cancelled_at_every_step(call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """A task that calls on and on must end when it is cancelled, whichever step of the call it is at."""
 
-    async def call() -> None:
+    async def call_on_and_on() -> None:
         while True:
-            await client.ping()
-            await client.connection_pool.disconnect()
+            await call()
 
     for steps in range(60):
-        task = asyncio.create_task(call())
+        task = asyncio.create_task(call_on_and_on())
         for _ in range(steps):
             await asyncio.sleep(0)
         task.cancel()
         _, pending = await asyncio.wait({task}, timeout=HANG_S)
         assert not pending, f"cancelled after {steps} steps, it went on"
         assert task.cancelled()
+
+
+async def test_a_call_can_be_cancelled_at_any_moment(redis_process: RedisProcess) -> None:
+    """The client's own writes swallow a cancellation that comes at the wrong step."""
+    client = connect(redis_process.url)
+
+    async def call() -> None:
+        await client.ping()
+        await client.connection_pool.disconnect()  # so that the next one connects anew
+
+    await cancelled_at_every_step(call)
     await client.aclose()
+
+
+async def test_a_server_can_end_at_any_moment_of_a_start(tmp_path: Path, binary: Path) -> None:
+    async with EmbeddedRedis(tmp_path, binary=binary) as embedded:
+        await cancelled_at_every_step(embedded._state)
