@@ -34,7 +34,7 @@ from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.backoff import ExponentialWithJitterBackoff
 
 from mixtral_server.errors import Unavailable
 
@@ -111,10 +111,6 @@ _CONNECTIONS = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnectio
 def connect(url: str) -> Redis:
     """A client with decoded answers, a bounded pool and a deadline on every call. Does not connect yet. Raises ValueError for a URL
     that is none of redis://, rediss:// and unix://."""
-    return _client(url, Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2))
-
-
-def _client(url: str, retry: Retry) -> Redis:
     options: dict[str, Any] = dict(parse_url(url))
     options["connection_class"] = _CONNECTIONS[options.get("connection_class", Connection)]
     pool = BlockingConnectionPool(
@@ -123,7 +119,7 @@ def _client(url: str, retry: Retry) -> Redis:
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CALL_TIMEOUT_S,
         decode_responses=True,
-        retry=retry,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
         **options,
     )
     return Redis.from_pool(pool)
@@ -368,32 +364,28 @@ class EmbeddedRedis:
             return
         LOG.warning("redis_orphan socket=%s: ending the one a former server left", self._socket)
         deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT_S
-        async with self._probe() as redis:
-            with contextlib.suppress(redis_errors.RedisError):  # it hangs up instead of answering; whether it went is asked below
-                await redis.shutdown()
+        await self._ask(b"SHUTDOWN")
         while await self._state() != "gone":
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable(f"a Redis that this server did not start answers on {self._socket} and does not end; end it first")
             await asyncio.sleep(POLL_S)
 
     async def _state(self) -> Literal["gone", "loading", "up"]:
-        async with self._probe() as redis:
-            try:
-                await redis.ping()
-            except redis_errors.BusyLoadingError:
-                return "loading"
-            except redis_errors.RedisError:
-                return "gone"
-        return "up"
+        answer = await self._ask(b"PING")
+        return "up" if answer.startswith(b"+PONG") else "loading" if answer.startswith(b"-LOADING") else "gone"
 
-    @asynccontextmanager
-    async def _probe(self) -> AsyncIterator[Redis]:
-        """A client that asks once."""
-        redis = _client(self.url, Retry(NoBackoff(), 0))
+    async def _ask(self, command: bytes) -> bytes:
+        """The first line that our Redis answers; b"" when there is none."""
         try:
-            yield redis
-        finally:
-            await redis.aclose()
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+                try:
+                    writer.write(command + b"\r\n")
+                    return await reader.readline()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return b""
 
     async def _end_child(self) -> None:
         child, self._child = self._child, None
