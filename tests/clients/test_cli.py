@@ -103,7 +103,7 @@ async def test_wrong_call_ends_with_2_and_says_what_to_do(
 
 async def test_reader_that_leaves_a_pipe_cancels_the_job(api: ScriptedApi) -> None:
     # More than a pipe and its reader hold together, so that the program is still writing when its reader leaves.
-    world = api.script(logs=[["x" * 400_000, {"hold": True}]])
+    world = api.script(logs=[["x" * 400_000, "y" * 100_000, {"hold": True}]])
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
     process = await asyncio.create_subprocess_exec(*command(world), **pipes, env=environment(), limit=10)
     assert process.stdin
