@@ -55,3 +55,15 @@ def test_processors_are_shared_evenly_and_nobody_is_left_without(ranks_on_host: 
         assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_small_model_keeps_to_one_thread_and_a_large_one_to_all() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ranks.keep_small_model_to_one_thread(ranks.SMALL_MODEL_BYTES)
+        assert torch.get_num_threads() == 2
+        ranks.keep_small_model_to_one_thread(ranks.SMALL_MODEL_BYTES - 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

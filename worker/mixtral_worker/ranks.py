@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from mixtral_worker.plan import PlanCodec, StepPlan
 
+SMALL_MODEL_BYTES = 64 * 2**20
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for the others gives up; heartbeats come far more often
 
 
@@ -74,6 +75,12 @@ def set_threads(ranks_on_host: int) -> None:
     # What this process may use, where the system can say so; in a container that is less than the machine has.
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, processors // ranks_on_host))
+
+
+def keep_small_model_to_one_thread(weights_bytes: int) -> None:
+    """On a CPU, steps of a model that fits the processor's cache are so short that threads wait for each other longer than they work."""
+    if weights_bytes < SMALL_MODEL_BYTES:
+        torch.set_num_threads(1)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

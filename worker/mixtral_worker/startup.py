@@ -129,13 +129,15 @@ def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int
         vocab_size=vocab_size,
         progress=progress,
     )
-    weights_mb = sum(weight.nbytes for weight in engine.model.parameters()) >> 20
+    weights_bytes = sum(weight.nbytes for weight in engine.model.parameters())
+    if here.device.type == "cpu":
+        ranks.keep_small_model_to_one_thread(weights_bytes)
     kv_mb = engine.cache.store.nbytes >> 20
     tokens = engine.num_blocks * BLOCK_SIZE
     LOG.info(
         line(
             "loaded",
-            weights_mb=weights_mb,
+            weights_mb=weights_bytes >> 20,
             kv_mb=kv_mb,
             kv_tokens=tokens,
             dtype=str(dtype).removeprefix("torch."),
