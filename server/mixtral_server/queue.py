@@ -15,27 +15,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import orjson
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
-from mixtral_client.protocol import (
-    Drop,
-    ErrorDetail,
-    Expect,
-    Finish,
-    Frame,
-    FrameError,
-    JobSpec,
-    JobState,
-    SessionAnswer,
-    SessionRequest,
-    Timings,
-    TurnAnswer,
-    TurnRequest,
-    Usage,
-    WorkerJob,
-)
+from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.errors import (
     IdempotencyConflict,
     JobNotFound,
@@ -47,34 +30,33 @@ from mixtral_server.errors import (
     Unavailable,
 )
 from mixtral_server.keys import Shard, shard_of
+from mixtral_server.records import (
+    TERMINAL_STATES,
+    DeadLetter,
+    Depth,
+    FinishedJob,
+    LiveWorker,
+    Place,
+    Put,
+    Reaped,
+    Snapshot,
+    estimated_prompt_tokens,
+    finished_job_of,
+    frame_args,
+    live_worker_of,
+    pairs_of,
+    place_of,
+    seconds_of,
+    snapshot_of,
+    telemetry_json,
+    worker_job_of,
+)
 
 FORMAT = 1
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
 
-TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
-
-CALLER_ERRORS = frozenset(
-    {
-        "context_length_exceeded",
-        "no_messages",
-        "no_user_message",
-        "prompt_refused",
-        "roles_out_of_order",
-        "template_in_content",
-        "text_not_unicode",
-        "token_id_out_of_range",
-        "unknown_role",
-    }
-)
-"""Code words of a worker's frame error that are the caller's to mend: their job fails with OpenAI's invalid_request_error. Every
-other word, known or not, is a server_error."""
-
 MAX_JOBS_PER_TURN = 256
-MAX_TELEMETRY_BYTES = 4096
 MAX_TITLE_CHARS = 200
-MAX_FRAME_TEXT_BYTES = 4096
-MAX_TOKEN_TEXT_BYTES = 256
-"""A frame's texts hold at most the first plus as many of the second as it has ids; a stop string held back comes all at once."""
 
 _SCRIPTS = {
     "put": ("common", "place", "put"),
@@ -114,149 +96,6 @@ class QueueLimits:
     max_sessions_per_key: int = 64
     max_unsaved_usage: int = 1_000_000
     max_dead_letters: int = 1_000
-
-
-@dataclass(frozen=True)
-class Put:
-    """A queued job, or the one that the idempotency key named already (created is False then)."""
-
-    job_id: str
-    state: JobState
-    created: bool
-    position: int | None = None
-    eta_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a waiting job stands: 1 = next. eta_s is position / measured finish rate, None while none is measured."""
-
-    position: int
-    eta_s: float | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Tokens of one log entry; offset of ids[0] is first. texts has one text per id."""
-
-    first: int
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A job's record and its log entries after an offset, read in one step.
-
-    The first entry may begin at or before the offset asked for: entries are never cut.
-    """
-
-    job_id: str
-    endpoint: str
-    owner: str
-    title: str
-    state: JobState
-    priority: int
-    created: float  # unix seconds, Redis's clock
-    attempt: int  # leases so far
-    n: int  # tokens in the log
-    entries: tuple[Entry, ...]
-    finish: Finish | None = None
-    error: ErrorDetail | None = None  # of failed and dead jobs
-    usage: Usage | None = None  # once terminal
-    timings: Timings | None = None  # once terminal
-
-    @property
-    def terminal(self) -> bool:
-        return self.state in TERMINAL_STATES
-
-    @property
-    def text(self) -> str:
-        return "".join(text for entry in self.entries for text in entry.texts)
-
-    @property
-    def ids(self) -> list[int]:
-        return [token for entry in self.entries for token in entry.ids]
-
-
-@dataclass(frozen=True)
-class Reaped:
-    """What one round of reap did; `more` asks for another round at once (each is bounded)."""
-
-    lapsed_sessions: int
-    requeued: int
-    dead: int
-    expired: int
-    shifted_s: float = 0.0  # by how much leases and deadlines moved because nobody had reaped
-    more: bool = False
-
-
-@dataclass(frozen=True)
-class FinishedJob:
-    """One row of the usage outbox: a job that ended, whatever its end. entry_id acknowledges it; job_id is unique."""
-
-    entry_id: str
-    job_id: str
-    endpoint: str
-    owner: str
-    title: str
-    state: JobState
-    finish: Finish
-    error_code: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    attempts: int
-    created: float  # unix seconds, Redis's clock
-    ended: float
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class DeadLetter:
-    """A job that was given up because every worker that held it died."""
-
-    job_id: str
-    owner: str
-    reason: str
-    worker: str
-    at: float
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Numbers of one endpoint for /metrics."""
-
-    waiting: int
-    running: int
-    sessions: int
-    users_waiting: int
-    unsaved_usage: int
-    dead_letters: int
-    finish_rate: float | None  # jobs/s that left a slot, about the last minute
-    ended: Mapping[str, int]  # terminal state → jobs since the endpoint's first day
-    waiting_by_priority: Mapping[int, int]
-    tokens: int  # appended since the endpoint's first day
-
-
-@dataclass(frozen=True)
-class LiveWorker:
-    """One worker session that holds a lease."""
-
-    session: str
-    endpoint: str
-    key_id: str
-    name: str
-    model: str
-    device: str
-    version: str
-    max_slots: int
-    max_seq_len: int
-    running: int  # jobs held
-    room: int  # as its last turn said
-    opened: float
-    lease_left_s: float
-    drain: bool
-    telemetry: Mapping[str, Any]
 
 
 class JobQueue:
@@ -307,8 +146,13 @@ class JobQueue:
         body_hash: str = "",
         queue_timeout_s: float | None = None,
         title: str = "",
+        key_id: str = "",
+        max_running: int | None = None,
     ) -> Put:
         """Queue a job of owner. weight is the owner's share against other users'.
+
+        max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those above it wait, and none is refused
+        for it. None: as many as come. The latest put of a key says the number for all its jobs.
 
         Raises ModelNotFound, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full), RedisUnavailable.
         """
@@ -320,7 +164,7 @@ class JobQueue:
             owner,
             priority,
             weight,
-            _estimated_prompt_tokens(spec) + spec.max_tokens,
+            estimated_prompt_tokens(spec) + spec.max_tokens,
             spec.max_tokens,
             spec.model_dump_json(exclude_none=True),
             title[:MAX_TITLE_CHARS],
@@ -333,7 +177,7 @@ class JobQueue:
             limits.max_unsaved_usage,
         )
         if reply[0] in ("created", "known"):
-            place = _place(reply[3:])
+            place = place_of(reply[3:])
             position, eta_s = (place.position, place.eta_s) if place else (None, None)
             return Put(reply[1], reply[2], reply[0] == "created", position, eta_s)
         raise _refusal(endpoint, limits, reply)
@@ -344,14 +188,14 @@ class JobQueue:
         reply = await self._run("read", shard, job_id, after)
         if reply is None:
             raise _job_not_found(job_id)
-        return _snapshot(job_id, shard.endpoint, *reply)
+        return snapshot_of(job_id, shard.endpoint, *reply)
 
     async def place(self, job_id: str) -> Place | None:
         """Where a waiting job stands under fair share; None when it does not wait. Raises JobNotFound, RedisUnavailable."""
         reply = await self._run("position", self._shard_of_job(job_id), job_id)
         if reply is None:
             raise _job_not_found(job_id)
-        return _place(reply)
+        return place_of(reply)
 
     async def position(self, job_id: str) -> int | None:
         """1 = next; None when the job does not wait."""
@@ -397,10 +241,10 @@ class JobQueue:
             request.room,
             _ms(self._limits(shard.endpoint).lease_s),
             MAX_JOBS_PER_TURN,
-            _telemetry_json(request.telemetry),
+            telemetry_json(request.telemetry),
             len(request.holding),
             *(part for pair in request.holding for part in pair),
-            *(part for frame in request.frames for part in _frame_args(frame)),
+            *(part for frame in request.frames for part in frame_args(frame)),
         )
         if reply[0] == "lapsed":
             raise _session_lapsed(request.session)
@@ -409,7 +253,7 @@ class JobQueue:
         _, jobs, drops, expects, drain = reply
         return TurnAnswer(
             turn=request.turn,
-            jobs=[_worker_job(*job) for job in jobs],
+            jobs=[worker_job_of(*job) for job in jobs],
             drops=[Drop(job=job, attempt=int(attempt)) for job, attempt in drops],
             expect=[Expect(job=job, offset=offset) for job, offset in expects],
             drain=bool(drain),
@@ -437,7 +281,7 @@ class JobQueue:
         """The oldest jobs of the outbox. Several replicas may get the same rows: job_id tells them apart."""
         with redis_answers():
             rows: Any = await self._redis.xrange(self._shard(endpoint).key("usage"), count=limit)
-        return [_finished_job(endpoint, entry_id, row) for entry_id, row in rows]
+        return [finished_job_of(endpoint, entry_id, row) for entry_id, row in rows]
 
     async def usage_ack(self, endpoint: str, entry_ids: Sequence[str]) -> None:
         """Forget rows of the outbox that are saved."""
@@ -449,13 +293,13 @@ class JobQueue:
         """The latest jobs given up, newest first."""
         with redis_answers():
             rows: Any = await self._redis.xrevrange(self._shard(endpoint).key("dead"), count=limit)
-        return [DeadLetter(row["job"], row["owner"], row["reason"], row["worker"], _seconds(row["at"])) for _, row in rows]
+        return [DeadLetter(row["job"], row["owner"], row["reason"], row["worker"], seconds_of(row["at"])) for _, row in rows]
 
     async def depth(self, endpoint: str) -> Depth:
         """Counts for /metrics."""
         waiting, users, running, sessions, unsaved, dead, rate, totals = await self._run("depth", self._shard(endpoint))
-        by_priority = {int(priority): int(count) for priority, count in _pairs(waiting)}
-        total = {name: int(count) for name, count in _pairs(totals)}
+        by_priority = {int(priority): int(count) for priority, count in pairs_of(waiting)}
+        total = {name: int(count) for name, count in pairs_of(totals)}
         return Depth(
             waiting=sum(by_priority.values()),
             running=running,
@@ -471,7 +315,7 @@ class JobQueue:
 
     async def sessions(self, endpoint: str) -> list[LiveWorker]:
         """The workers that hold a lease now."""
-        return [_live_worker(endpoint, *row) for row in await self._run("sessions", self._shard(endpoint))]
+        return [live_worker_of(endpoint, *row) for row in await self._run("sessions", self._shard(endpoint))]
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -528,29 +372,6 @@ def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _seconds(ms: str) -> float:
-    return int(ms) / 1000
-
-
-def _pairs(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
-    return zip(flat[::2], flat[1::2], strict=True)
-
-
-def _estimated_prompt_tokens(spec: JobSpec) -> int:
-    """The server has no tokenizer: four bytes of UTF-8 make a token, and each message costs a few for its frame."""
-    if spec.messages is not None:
-        return sum(len(message.content.encode()) // 4 + 8 for message in spec.messages)
-    prompt = spec.prompt or ""
-    return len(prompt.encode()) // 4 + 1 if isinstance(prompt, str) else len(prompt)
-
-
-def _place(reply: Sequence[Any]) -> Place | None:
-    position, rate = reply
-    if position is None:
-        return None
-    return Place(position, position / float(rate) if rate else None)
-
-
 def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any]) -> Exception:
     why = reply[0]
     if why == "conflict":
@@ -576,130 +397,3 @@ def _job_not_found(job_id: str) -> JobNotFound:
 
 def _session_lapsed(session: str) -> SessionLapsed:
     return SessionLapsed(f"session {session[:150]!r} has ended or lapsed and its jobs are with others; drop them and log in anew")
-
-
-def _snapshot(job_id: str, endpoint: str, record: Sequence[str | None], log: Sequence[Any]) -> Snapshot:
-    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended = record
-    terminal = state in TERMINAL_STATES
-    return Snapshot(
-        job_id=job_id,
-        endpoint=endpoint,
-        owner=owner or "",
-        title=title or "",
-        state=state,  # type: ignore[arg-type]
-        priority=int(priority or 0),
-        created=_seconds(created or "0"),
-        attempt=int(attempt or 0),
-        n=int(n or 0),
-        entries=tuple(entry for entry in (_entry(*row) for row in log) if entry.ids),
-        finish=finish or None,  # type: ignore[arg-type]
-        error=ErrorDetail.model_validate_json(error) if error else None,
-        usage=_usage(prompt_tokens, n) if terminal else None,
-        timings=_timings(created, started, first, ended) if terminal else None,
-    )
-
-
-def _entry(entry_id: str, fields: Sequence[str]) -> Entry:
-    values = dict(_pairs(fields))
-    ids = tuple(orjson.loads(values.get("ids", "[]")))
-    return Entry(int(entry_id.partition("-")[0]) - len(ids) + 1, ids, tuple(orjson.loads(values.get("texts", "[]"))))
-
-
-def _usage(prompt_tokens: str | None, n: str | None) -> Usage:
-    prompt, completion = int(prompt_tokens or 0), int(n or 0)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-def _timings(created: str | None, started: str | None, first: str | None, ended: str | None) -> Timings:
-    since = int(created or 0)
-    queue_s, first_token_s, total_s = ((int(at) - since) / 1000 if at else None for at in (started, first, ended))
-    return Timings(queue_s=queue_s, first_token_s=first_token_s, total_s=total_s)
-
-
-def _finished_job(endpoint: str, entry_id: str, row: Mapping[str, str]) -> FinishedJob:
-    return FinishedJob(
-        entry_id=entry_id,
-        job_id=row["job"],
-        endpoint=endpoint,
-        owner=row["owner"],
-        title=row["title"],
-        state=row["state"],  # type: ignore[arg-type]
-        finish=row["finish"],  # type: ignore[arg-type]
-        error_code=row["error"] or None,
-        prompt_tokens=int(row["prompt_tokens"]),
-        completion_tokens=int(row["n"]),
-        attempts=int(row["attempt"]),
-        created=_seconds(row["created"]),
-        ended=_seconds(row["ended"]),
-        timings=_timings(row["created"], row["started"], row["first"], row["ended"]),
-    )
-
-
-def _live_worker(endpoint: str, session: str, lease_left_ms: int, running: int, record: Sequence[str]) -> LiveWorker:
-    facts = dict(_pairs(record))
-    return LiveWorker(
-        session=session,
-        endpoint=endpoint,
-        key_id=facts["key"],
-        name=facts["name"],
-        model=facts["model"],
-        device=facts["device"],
-        version=facts["version"],
-        max_slots=int(facts["max_slots"]),
-        max_seq_len=int(facts["max_seq_len"]),
-        running=running,
-        room=int(facts["room"]),
-        opened=_seconds(facts["opened"]),
-        lease_left_s=lease_left_ms / 1000,
-        drain="drain" in facts,
-        telemetry=orjson.loads(facts.get("telemetry", "{}")),
-    )
-
-
-def _worker_job(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, produced: Sequence[str]) -> WorkerJob:
-    return WorkerJob(
-        id=job_id,
-        attempt=int(attempt),
-        spec=JobSpec.model_validate_json(spec),
-        produced_ids=[token for ids in produced for token in orjson.loads(ids)],
-        sent_bytes=int(sent_bytes),
-        suspect=int(deaths) >= 2,
-    )
-
-
-def _telemetry_json(telemetry: Mapping[str, Any]) -> str:
-    """ "" keeps what the last turn said: telemetry that is too long or cannot be written is not worth refusing tokens for."""
-    try:
-        text = orjson.dumps(telemetry).decode()
-    except orjson.JSONEncodeError:
-        return ""
-    return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
-
-
-def _frame_args(frame: Frame) -> tuple[str | int, ...]:
-    """What turn.lua reads of a frame: job, attempt, offset, count, ids, texts, bytes of texts, prompt tokens, ending, detail."""
-    size = sum(len(text.encode()) for text in frame.texts)
-    most = MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids)
-    if size > most:
-        message = f"the worker sent {size:,} bytes of text for {len(frame.ids):,} tokens; {most:,} at most"
-        error = FrameError(code="worker_text_too_long", message=message)
-        frame = Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
-        size = 0
-    ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
-    return (
-        frame.job,
-        frame.attempt,
-        frame.offset,
-        len(frame.ids),
-        orjson.dumps(frame.ids).decode(),
-        orjson.dumps(frame.texts).decode(),
-        size,
-        "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31),
-        ending,
-        _error_detail(frame.error).model_dump_json(exclude_none=True) if frame.error else "",
-    )
-
-
-def _error_detail(error: FrameError) -> ErrorDetail:
-    kind = "invalid_request_error" if error.code in CALLER_ERRORS else "server_error"
-    return ErrorDetail(message=error.message, type=kind, code=error.code)

@@ -36,7 +36,8 @@ from mixtral_client.protocol import (
 )
 from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.keys import Shard
-from mixtral_server.queue import Entry, JobQueue, Snapshot
+from mixtral_server.queue import JobQueue
+from mixtral_server.records import Entry, Snapshot
 
 LOG = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from mixtral_server.errors import (
     Unavailable,
 )
 from mixtral_server.keys import KEYS, Shard, key_kind
-from mixtral_server.queue import CALLER_ERRORS, FORMAT, JobQueue, QueueLimits
+from mixtral_server.queue import FORMAT, JobQueue, QueueLimits
+from mixtral_server.records import CALLER_ERRORS
 from mixtral_server.redis_server import connect
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, redis_binary

@@ -20,7 +20,8 @@ from redis.asyncio import Redis
 from mixtral_client.protocol import Frame, FrameError, JobSpec, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.errors import SessionLapsed
 from mixtral_server.keys import Shard, key_kind
-from mixtral_server.queue import TERMINAL_STATES, JobQueue, QueueLimits
+from mixtral_server.queue import JobQueue, QueueLimits
+from mixtral_server.records import TERMINAL_STATES
 from support.queue_bench import ENDPOINT
 from support.redis import RedisProcess
 

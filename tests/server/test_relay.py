@@ -15,7 +15,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 import mixtral_server.relay
 from mixtral_client.protocol import FrameError, event_id, ids_crc, parse_event_id
 from mixtral_server.errors import JobNotFound, RedisUnavailable
-from mixtral_server.queue import Entry, JobQueue, Place, QueueLimits, Snapshot
+from mixtral_server.queue import JobQueue, QueueLimits
+from mixtral_server.records import Entry, Place, Snapshot
 from mixtral_server.redis_server import connect
 from mixtral_server.relay import MAX_KEPT_TOKENS, Cursor, Followed, Relay
 from support.queue_bench import ENDPOINT, Bench, frame

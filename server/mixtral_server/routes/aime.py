@@ -23,7 +23,7 @@ from mixtral_server.auth import Caller
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import JobNotFound, NotAllowed, NotAuthenticated, QueueFull, RequestRefused, ServiceError, Unavailable
 from mixtral_server.keys import shard_of
-from mixtral_server.queue import Snapshot
+from mixtral_server.records import Snapshot
 from mixtral_server.routes.aime_inputs import InputsRefused, from_query, inputs_of, spec_of, values_of
 from mixtral_server.routes.aime_tickets import Tickets
 from mixtral_server.routes.aime_views import EP_VERSION, Texts, Workers, details_of, progress_of, result_of

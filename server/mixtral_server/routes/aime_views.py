@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mixtral_server.endpoints import EndpointConfig
-from mixtral_server.queue import Depth, JobQueue, LiveWorker, Place, Snapshot
+from mixtral_server.queue import JobQueue
+from mixtral_server.records import Depth, LiveWorker, Place, Snapshot
 from mixtral_server.routes.aime_inputs import inputs_of
 
 EP_VERSION = 2  # of AIME's own mixtral_chat

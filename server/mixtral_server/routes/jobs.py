@@ -12,7 +12,7 @@ from mixtral_client.protocol import JobAccepted, JobRequest, JobView, parse_even
 from mixtral_server import sse
 from mixtral_server.auth import Caller
 from mixtral_server.errors import JobNotFound, RequestRefused
-from mixtral_server.queue import Snapshot
+from mixtral_server.records import Snapshot
 from mixtral_server.relay import Followed
 from mixtral_server.routes.body import fingerprint, read_model
 from mixtral_server.routes.service import Route, Service

@@ -21,7 +21,8 @@ from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import JobNotFound, ModelNotFound, NotAllowed, RedisUnavailable, RequestRefused, ServiceError, Unavailable
 from mixtral_server.limiter import Allowance
 from mixtral_server.metrics import Metrics
-from mixtral_server.queue import JobQueue, Put
+from mixtral_server.queue import JobQueue
+from mixtral_server.records import Put
 from mixtral_server.relay import Relay
 from mixtral_server.routes.following import Following
 from mixtral_server.settings import Settings
