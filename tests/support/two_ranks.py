@@ -14,6 +14,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from mixtral_worker import ranks
 from mixtral_worker.blocks import BLOCK_SIZE, BlockPool
 from mixtral_worker.engine import Engine
+from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.parallel import ColumnParallelLinear, RowParallelLinear, Shard
 from mixtral_worker.plan import Kind, PlanCodec, Row, Sampling, StepPlan
 from mixtral_worker.scheduler import Scheduler, Sequence
@@ -47,8 +48,8 @@ def layers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {"column": column, "row": row, "embedding": embedding}
 
 
-def logits(checkpoint: Path) -> torch.Tensor:
-    engine = Engine.load(checkpoint, max_slots=1, max_seq_len=MAX_SEQ_LEN)
+def logits(checkpoint: Path, ep_size: int) -> torch.Tensor:
+    engine = Engine.load(checkpoint, ep_size=ep_size, max_slots=1, max_seq_len=MAX_SEQ_LEN)
     rows = [Row(0, 0, tuple(PROMPTS[2]), (0, 1), True, 1, Sampling()), Row(0, 17, (18,), (0, 1), True, 1, Sampling())]
     return torch.cat([engine.logits(StepPlan(Kind.STEP, 1, (row,))) for row in rows])
 
@@ -81,7 +82,9 @@ def main(task: str, checkpoints: Path, out: Path) -> None:
         shapes = sorted(path.name for path in checkpoints.iterdir())
         results = {"jobs": jobs(checkpoints / "grouped", here, fails=task == "fail")}
         with torch.inference_mode():
-            results |= {"layers": layers(), "logits": {shape: logits(checkpoints / shape) for shape in shapes}}
+            results |= {"layers": layers(), "logits": {(shape, 1): logits(checkpoints / shape, 1) for shape in shapes}}
+            with_experts = [shape for shape in shapes if ModelConfig.read(checkpoints / shape).is_moe]
+            results["logits"] |= {(shape, 2): logits(checkpoints / shape, 2) for shape in with_experts}
         if here.is_leader:
             torch.save(results, out)
 

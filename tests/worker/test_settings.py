@@ -78,6 +78,28 @@ def test_what_cannot_work_is_refused_in_one_sentence_with_rule_and_value(argv: l
     assert "\n" not in str(refused.value)
 
 
+def test_all_ranks_share_one_model_and_each_has_a_slice_of_every_expert_unless_told_otherwise() -> None:
+    settings = parse([], {"WORLD_SIZE": "4"})
+    assert (settings.tp_size, settings.ep_size, settings.moe_normalization_mode) == (4, 1, None)
+    settings = parse(["--tp_size", "4", "--ep_size", "2", "--moe_normalization_mode", "none"], {"WORLD_SIZE": "4"})
+    assert (settings.tp_size, settings.ep_size, settings.moe_normalization_mode) == (4, 2, "none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--tp_size 8", "--tp_size is 8, but torchrun started 4 ranks, and all ranks share one model; run with --nproc_per_node 8"),
+        ("--tp_size 0", "--tp_size is 0, but torchrun started 4 ranks, .* leave it out"),
+        ("--ep_size 3", r"--ep_size is 3; it must divide the 4 ranks \(tp_size\); give one of 1, 2, 4"),
+        ("--ep_size -1", r"--ep_size is -1; it must divide the 4 ranks \(tp_size\); give one of 1, 2, 4"),
+        ("--moe_normalization_mode sparse", "sparse.*renorm.*none"),
+    ],
+)
+def test_sizes_that_no_torchrun_can_have_are_refused_with_those_that_work(flags: str, sentence: str) -> None:
+    with pytest.raises(SettingsRefused, match=sentence):
+        parse(flags.split(), {"WORLD_SIZE": "4"})
+
+
 def test_a_server_without_a_key_says_where_the_key_is_to_be_had() -> None:
     with pytest.raises(SettingsRefused, match=r"keys\.env") as refused:
         parse(SERVER, {})

@@ -43,6 +43,8 @@ class Engine:
         cls,
         ckpt_dir: str | Path,
         *,
+        config: ModelConfig | None = None,
+        ep_size: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_slots: int,
@@ -53,12 +55,12 @@ class Engine:
     ) -> "Engine":
         """Read this rank's share of a checkpoint. Call on every rank, inside ranks.join where there are several.
 
-        num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens. Without it there is room for max_slots sequences of
-        max_seq_len, or, on a GPU, for as many as the free memory holds. vocab_size is the tokenizer's: where the model has more ids,
-        those without a text are never drawn. Raises ModelError.
+        config is the folder's own where none is given. num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens. Without it
+        there is room for max_slots sequences of max_seq_len, or, on a GPU, for as many as the free memory holds. vocab_size is the
+        tokenizer's: where the model has more ids, those without a text are never drawn. Raises ModelError.
         """
-        config, shard = ModelConfig.read(Path(ckpt_dir)), Shard.current()
-        config.require_ranks(shard.count)
+        config, shard = config or ModelConfig.read(Path(ckpt_dir)), Shard.current(ep_size)
+        config.require_ranks(shard.count, ep_size)
         with torch.device("meta"):  # shapes alone
             model = Transformer(config, shard).to(dtype)
         model.to_empty(device=device)

@@ -19,6 +19,7 @@ from mixtral_worker.demo import DEMO_CKPT_DIR
 KEY_VARIABLE = "MIXTRAL_WORKER_KEY"
 RANDOM = "random:"  # in place of a folder: this shape with random weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NORMALIZATION_MODES = ("renorm", "none")
 PROMPT_FORMATS = ("auto", "instruct", "mistral")
 CKPT_DIR_HELP = "folder with the weights, or random:8x7b and the like for random ones (default: the demo model)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -66,6 +67,9 @@ class Settings:
     seed: int | None
     dtype: str
     device: str
+    tp_size: int
+    ep_size: int
+    moe_normalization_mode: str | None  # None: as the checkpoint folder says
     prompt_format: str
     step_timeout_s: float
     log_level: str
@@ -90,6 +94,22 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer_path", type=Path, metavar="FILE", help="tokenizer.model (default: that of --ckpt_dir or, for random, the demo)"
     )
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and KV cache; auto: float32 on a CPU, bfloat16 on a GPU")
+    model.add_argument(
+        "--tp_size", type=int, metavar="T", help="ranks that share the model: all that torchrun starts (default: their number)"
+    )
+    model.add_argument(
+        "--ep_size",
+        type=int,
+        default=1,
+        metavar="E",
+        help="groups of ranks that share out the experts, each then cut in T / E slices (default: 1, every rank has a slice of all)",
+    )
+    model.add_argument(
+        "--moe_normalization_mode",
+        choices=NORMALIZATION_MODES,
+        help="renorm: the weights of a token's experts sum to 1; none: they stay as the softmax over all experts gives them "
+        "(default: as params.json says, else renorm)",
+    )
     model.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="auto: this rank's GPU if there is one (default: auto)")
     model.add_argument(
         "--prompt_format",
@@ -127,6 +147,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Flags and environment → Settings. Raises SettingsRefused with one sentence; --help prints and exits as argparse does."""
     given = parser().parse_args(argv)
     _check_numbers(given)
+    tp_size = _tp_size(given.tp_size, given.ep_size, int(environment.get("WORLD_SIZE", "1")))
     ckpt_dir: Path = given.ckpt_dir or DEMO_CKPT_DIR
     is_random = str(ckpt_dir).startswith(RANDOM)
     if not (is_random or ckpt_dir.is_dir()):
@@ -155,10 +176,24 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
         seed=given.seed,
         dtype=given.dtype,
         device=given.device,
+        tp_size=tp_size,
+        ep_size=given.ep_size,
+        moe_normalization_mode=given.moe_normalization_mode,
         prompt_format=given.prompt_format,
         step_timeout_s=given.step_timeout_s,
         log_level=given.log_level,
     )
+
+
+def _tp_size(tp_size: int | None, ep_size: int, world: int) -> int:
+    if tp_size is not None and tp_size != world:
+        started = f"{world} rank" if world == 1 else f"{world} ranks"
+        remedy = f"run with --nproc_per_node {tp_size}" if tp_size > 0 else "leave it out"
+        raise SettingsRefused(f"--tp_size is {tp_size}, but torchrun started {started}, and all ranks share one model; {remedy}")
+    if ep_size < 1 or world % ep_size:
+        sizes = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
+        raise SettingsRefused(f"--ep_size is {ep_size}; it must divide the {world} ranks (tp_size); give one of {sizes}")
+    return world
 
 
 def _check_numbers(given: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,8 +44,8 @@ PROGRESS_EVERY_S = 2.0
 
 def run(settings: Settings, signals: Signals) -> int:
     """Work as this rank until there is an orderly end; returns the exit code. Raises one of REFUSALS, LinkRefused, or what broke."""
-    config = ModelConfig.read(settings.ckpt_dir)
-    config.require_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    config = read_config(settings)
+    config.require_ranks(settings.tp_size, settings.ep_size)
     max_seq_len = _max_seq_len(settings, config.max_seq_len)
     tokenizer = read_tokenizer(settings.tokenizer_path, config)
     prompt_format = resolve_format(tokenizer, declared_format(settings.ckpt_dir), settings.prompt_format)
@@ -88,6 +89,12 @@ def _chat(settings: Settings, signals: Signals, batch: Batch, crew: Crew) -> int
     return code
 
 
+def read_config(settings: Settings) -> ModelConfig:
+    config = ModelConfig.read(settings.ckpt_dir)
+    mode = settings.moe_normalization_mode
+    return replace(config, moe_normalization_mode=mode) if mode else config
+
+
 def _max_seq_len(settings: Settings, allowed: int) -> int:
     if settings.max_seq_len is not None and settings.max_seq_len > allowed:
         raise SettingsRefused(f"--max_seq_len is {settings.max_seq_len:,}; {settings.ckpt_dir} was made for at most {allowed:,}; lower it")
@@ -121,6 +128,8 @@ def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int
     dtype = dtype_of(settings.dtype, here.device)
     engine = Engine.load(
         settings.ckpt_dir,
+        config=config,
+        ep_size=settings.ep_size,
         dtype=dtype,
         device=here.device,
         max_slots=settings.max_batch_size,

@@ -44,16 +44,16 @@ def load(folder: Path, shard: Shard | None = None) -> Transformer:
     return model
 
 
-def assert_shares_make(weights: dict[str, Tensor], folder: Path, ranks: int) -> None:
+def assert_shares_make(weights: dict[str, Tensor], folder: Path, ranks: int, ep_size: int = 1) -> None:
     """What all ranks read, set together, is each tensor of the original, number for number."""
-    models = [load(folder, Shard(index, ranks)) for index in range(ranks)]
+    models = [load(folder, Shard(index, ranks, ep_size=ep_size)) for index in range(ranks)]
     assert not any(weight.isnan().any() for model in models for weight in model.parameters())
-    shares = [list(checkpoint_files.parts(model)) for model in models]
-    assert {part.name for part in shares[0]} == set(weights)
-    for of_ranks in zip(*shares, strict=True):
-        dim = of_ranks[0].split_dim
-        whole = of_ranks[0].place if dim is None else torch.cat([part.place for part in of_ranks], dim)
-        assert torch.equal(whole, weights[of_ranks[0].name]), of_ranks[0].name
+    together = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    for part in (part for model in models for part in checkpoint_files.parts(model)):
+        share = part.share(list(weights[part.name].shape))
+        together[part.name][tuple(slice(cut.start, cut.stop) for cut in share)] = part.place
+    for name, tensor in weights.items():
+        assert torch.equal(together[name], tensor), name
 
 
 # What is read
@@ -64,12 +64,32 @@ def test_shares_of_all_ranks_make_each_whole_tensor(ranks: int, checkpoint: Path
     assert_shares_make(load_file(checkpoint / "consolidated.safetensors"), checkpoint, ranks)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_numbers_of_the_original(
-    layout: str, ranks: int, layouts: dict[str, Path], checkpoints: dict[str, Path]
+    layout: str, ranks: int, ep_size: int, layouts: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
-    assert_shares_make(load_file(checkpoints[LAYOUTS[layout]] / "consolidated.safetensors"), layouts[layout], ranks)
+    if ep_size > 1 and not ModelConfig.read(layouts[layout]).is_moe:
+        with pytest.raises(ModelError, match=r"a dense model, which is one expert, .* allow 1"):
+            ModelConfig.read(layouts[layout]).require_ranks(ranks, ep_size)
+        return
+    assert_shares_make(load_file(checkpoints[LAYOUTS[layout]] / "consolidated.safetensors"), layouts[layout], ranks, ep_size)
+
+
+def test_each_rank_reads_its_own_experts_and_no_other(checkpoint: Path) -> None:
+    model = load(checkpoint, Shard(3, 4, ep_size=2))
+    read = {part.name for part in checkpoint_files.parts(model)}
+    assert {name.split(".")[4] for name in read if ".experts." in name} == {"4", "5", "6", "7"}
+    assert model.layers[0].feed_forward.w13.shape == (4, 96, 64)
+
+
+def test_expert_that_only_another_rank_reads_is_missed_by_all(folder: Path) -> None:
+    weights = load_file(folder / "consolidated.safetensors")
+    del weights["layers.1.feed_forward.experts.7.w2.weight"]
+    save_file(weights, folder / "consolidated.safetensors")
+    for index in range(2):
+        with pytest.raises(ModelError, match=r"lacks the tensor layers\.1\.feed_forward\.experts\.7\.w2\.weight \[64, 96\]"):
+            load(folder, Shard(index, 2, ep_size=2))
 
 
 def test_tensors_may_be_spread_over_several_files(folder: Path) -> None:

@@ -45,15 +45,47 @@ def test_mixtral_8x7b_splits_over_1_2_4_or_8_ranks(tmp_path: Path) -> None:
     config = read(tmp_path, MIXTRAL_8X7B)
     assert config.possible_ranks == [1, 2, 4, 8]
     config.require_ranks(4)
-    with pytest.raises(ModelError, match=r"torchrun started 3 ranks; 8 kv heads allow 1, 2, 4 or 8; run with --nproc_per_node 8"):
+    with pytest.raises(ModelError, match=r"torchrun started 3 ranks; 8 kv heads, .* allow 1, 2, 4 or 8; run with --nproc_per_node 8"):
         config.require_ranks(3)
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "ep_size", "allowed"), [(1, 2, "1"), (2, 4, "1 or 2"), (4, 3, "1, 2 or 4"), (8, 16, "1, 2, 4 or 8"), (8, 0, "1, 2, 4 or 8")]
+)
+def test_experts_are_shared_out_only_over_groups_that_divide_ranks_and_experts(tp_size: int, ep_size: int, allowed: str) -> None:
+    for size in SHAPES["8x7b"].possible_ep_sizes(tp_size):
+        SHAPES["8x7b"].require_ranks(tp_size, size)
+    sentence = rf"ep_size is {ep_size}; {tp_size} ranks, 8 experts and a hidden size of 14,336 allow {allowed}: .* run with --ep_size 1"
+    with pytest.raises(ModelError, match=sentence):
+        SHAPES["8x7b"].require_ranks(tp_size, ep_size)
+
+
+def test_slices_of_an_expert_must_be_even(tmp_path: Path) -> None:
+    config = replace(SHAPES["8x7b"], hidden_dim=14338)
+    config.require_ranks(8, 4)
+    with pytest.raises(ModelError, match=r"8 ranks, 8 experts and a hidden size of 14,338 allow 4 or 8: .* run with --ep_size 4"):
+        config.require_ranks(8, 2)
+
+
+def test_dense_model_has_no_experts_to_share_out() -> None:
+    with pytest.raises(ModelError, match=r"a dense model, which is one expert, and .* allow 1"):
+        SHAPES["mistral7b"].require_ranks(2, 2)
+
+
+def test_normalization_is_renorm_unless_params_say_otherwise(tmp_path: Path) -> None:
+    assert read(tmp_path, MIXTRAL_8X7B).moe_normalization_mode == "renorm"
+    moe = {"num_experts": 8, "num_experts_per_tok": 2, "normalization_mode": "none"}
+    assert read(tmp_path, MIXTRAL_8X7B | {"moe": moe}).moe_normalization_mode == "none"
+    with pytest.raises(ModelError, match="moe_normalization_mode is 'sparse_mixer', which is none of renorm, none"):
+        read(tmp_path, MIXTRAL_8X7B | {"moe": moe | {"normalization_mode": "sparse_mixer"}})
+    assert ModelConfig.read(Path("random:8x7b,moe_normalization_mode=none")).moe_normalization_mode == "none"
 
 
 def test_ranks_must_also_share_vocabulary_and_experts_evenly(tmp_path: Path) -> None:
     config = read(tmp_path, MIXTRAL_8X7B)
     assert replace(config, vocab_size=32002).possible_ranks == [1, 2]
     assert replace(config, hidden_dim=14337).possible_ranks == [1]
-    with pytest.raises(ModelError, match="allow 1; run with --nproc_per_node 1"):
+    with pytest.raises(ModelError, match="a hidden size of 14,337 allow 2: "):
         replace(config, hidden_dim=14337).require_ranks(2)
 
 

@@ -5,18 +5,20 @@ slice goes from the mapped file to its place on the device; at no time are there
 holds, layouts.py knows how each layout names and turns a tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixtral_worker.model import files, layouts, random_weights
 from mixtral_worker.model.config import ModelConfig, ModelError, is_huggingface
 from mixtral_worker.model.files import Stored
 from mixtral_worker.model.layouts import Location
+from mixtral_worker.model.parallel import Shard
 from mixtral_worker.model.transformer import FeedForward, Transformer
 from mixtral_worker.settings import RANDOM
 
@@ -30,20 +32,27 @@ class Part:
 
     name: str
     place: Tensor
-    split_dim: int | None = None  # the dimension cut over the ranks; None: every rank holds the whole
+    index: int = 0  # which share it is, counted along the dimension in which the place is smaller than the whole
 
-    def whole(self, ranks: int) -> list[int]:
-        return [size * ranks if dim == self.split_dim else size for dim, size in enumerate(self.place.shape)]
-
-    def share(self, rank: int) -> list[range]:
-        firsts = [rank * size if dim == self.split_dim else 0 for dim, size in enumerate(self.place.shape)]
+    def share(self, whole: Sequence[int]) -> list[range]:
+        firsts = [self.index * size if size < full else 0 for size, full in zip(self.place.shape, whole, strict=True)]
         return [range(first, first + size) for first, size in zip(firsts, self.place.shape, strict=True)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole tensor in the folder's files."""
+
+    stored: Stored
+    location: Location
+    shape: list[int]  # there
 
 
 def load(model: Transformer, ckpt_dir: Path, progress: Progress | None = None) -> None:
     """Fill the model's weights, converting to its dtype. Raises ModelError naming file, tensor, expected and found."""
-    wanted = list(parts(model))
-    readings = [_random(model, part) for part in wanted] if str(ckpt_dir).startswith(RANDOM) else _located(model, ckpt_dir, wanted)
+    wanted, shapes = list(parts(model)), whole_shapes(model.config)
+    is_random = str(ckpt_dir).startswith(RANDOM)
+    readings = [_random(part, shapes[part.name]) for part in wanted] if is_random else _located(model, ckpt_dir, wanted, shapes)
     total = sum(part.place.nbytes for part in wanted)
     filled = 0
     for part, read_into in zip(wanted, readings, strict=True):
@@ -53,58 +62,64 @@ def load(model: Transformer, ckpt_dir: Path, progress: Progress | None = None) -
             progress(filled, total)
 
 
+def whole_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Every tensor of the model over all ranks."""
+    with torch.device("meta"):  # shapes alone
+        return {part.name: list(part.place.shape) for part in parts(Transformer(config, Shard()))}
+
+
 def parts(model: Transformer) -> Iterator[Part]:
-    """Every tensor of the model and where it belongs."""
-    config = model.config
+    """Every tensor that this rank holds a share of, and where it belongs."""
+    config, shard = model.config, model.shard
     yield Part("tok_embeddings.weight", model.embedding)
     yield Part("norm.weight", model.norm.weight)
-    yield Part("output.weight", model.head.weight, 0)
+    yield Part("output.weight", model.head.weight, shard.index)
     layers: Iterable[Any] = model.layers
     for i, layer in enumerate(layers):
         prefix = f"layers.{i}"
         yield Part(f"{prefix}.attention_norm.weight", layer.attention_norm.weight)
         yield Part(f"{prefix}.ffn_norm.weight", layer.ffn_norm.weight)
-        rows = [n * config.head_dim // model.shard.count for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        rows = [n * config.head_dim // shard.count for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         for name, place in zip(("wq", "wk", "wv"), layer.attention.wqkv.weight.split(rows), strict=True):
-            yield Part(f"{prefix}.attention.{name}.weight", place, 0)
-        yield Part(f"{prefix}.attention.wo.weight", layer.attention.wo.weight, 1)
+            yield Part(f"{prefix}.attention.{name}.weight", place, shard.index)
+        yield Part(f"{prefix}.attention.wo.weight", layer.attention.wo.weight, shard.index)
         ffn = layer.feed_forward
         if isinstance(ffn, FeedForward):
-            yield from _ffn_parts(f"{prefix}.feed_forward", ffn.w13.weight, ffn.w2.weight)
+            yield from _ffn_parts(f"{prefix}.feed_forward", ffn.w13.weight, ffn.w2.weight, shard.index)
             continue
         yield Part(f"{prefix}.feed_forward.gate.weight", ffn.gate)
-        for e in range(config.n_experts):
-            yield from _ffn_parts(f"{prefix}.feed_forward.experts.{e}", ffn.w13[e], ffn.w2[e])
+        for e, w13, w2 in zip(ffn.experts, ffn.w13, ffn.w2, strict=True):
+            yield from _ffn_parts(f"{prefix}.feed_forward.experts.{e}", w13, w2, shard.of_expert.index)
 
 
-def _ffn_parts(prefix: str, w13: Tensor, w2: Tensor) -> Iterator[Part]:
+def _ffn_parts(prefix: str, w13: Tensor, w2: Tensor, index: int) -> Iterator[Part]:
     w1, w3 = w13.chunk(2)
-    yield Part(f"{prefix}.w1.weight", w1, 0)
-    yield Part(f"{prefix}.w3.weight", w3, 0)
-    yield Part(f"{prefix}.w2.weight", w2, 1)
+    yield Part(f"{prefix}.w1.weight", w1, index)
+    yield Part(f"{prefix}.w3.weight", w3, index)
+    yield Part(f"{prefix}.w2.weight", w2, index)
 
 
-def _random(model: Transformer, part: Part) -> Callable[[Tensor], None]:
-    return partial(random_weights.fill, name=part.name, whole=part.whole(model.shard.count), share=part.share(model.shard.index))
+def _random(part: Part, whole: list[int]) -> Callable[[Tensor], None]:
+    return partial(random_weights.fill, name=part.name, whole=whole, share=part.share(whole))
 
 
-def _located(model: Transformer, ckpt_dir: Path, wanted: list[Part]) -> list[Callable[[Tensor], None]]:
-    """How each part is read from the folder's files. Nothing is read yet, but everything is there and has its shape."""
-    stored = files.open_folder(ckpt_dir, model.embedding.device)
+def _located(model: Transformer, ckpt_dir: Path, wanted: list[Part], shapes: Mapping[str, list[int]]) -> list[Callable[[Tensor], None]]:
+    """How each part is read from the folder's files. Nothing is read yet, but everything is there and has its shape.
+
+    What other ranks read is looked for too: all ranks refuse a folder, or none.
+    """
+    config, stored = model.config, files.open_folder(ckpt_dir, model.embedding.device)
     layout = layouts.find(stored, is_huggingface(ckpt_dir))
-    locations = [layout(part.name) for part in wanted]
-    shapes = [
-        location.stored_shape(part.whole(model.shard.count), model.config.n_experts)
-        for part, location in zip(wanted, locations, strict=True)
-    ]
-    for location, shape in zip(locations, shapes, strict=True):
+    sources: dict[str, Source] = {}
+    for name, whole in shapes.items():
+        location = layout(name)
+        shape = location.stored_shape(whole, config.n_experts)
         if location.name not in stored:
             raise ModelError(f"{ckpt_dir} lacks the tensor {location.name} {shape}; {len(stored)} tensors found; is a file missing?")
-    _require_place_for_all(stored, {location.name for location in locations})
-    return [
-        _reading(stored[location.name], location, shape, part.share(model.shard.index), model.config)
-        for part, location, shape in zip(wanted, locations, shapes, strict=True)
-    ]
+        sources[name] = Source(stored[location.name], location, shape)
+    _require_place_for_all(stored, {source.location.name for source in sources.values()})
+    splits = {name: source.stored.split_dim(source.shape) for name, source in sources.items()}
+    return [partial(_read_into, sources[part.name], splits[part.name], part.share(shapes[part.name]), config) for part in wanted]
 
 
 def _require_place_for_all(stored: Mapping[str, Stored], known: set[str]) -> None:
@@ -115,12 +130,7 @@ def _require_place_for_all(stored: Mapping[str, Stored], known: set[str]) -> Non
             )
 
 
-def _reading(stored: Stored, location: Location, shape: list[int], share: list[range], config: ModelConfig) -> Callable[[Tensor], None]:
-    split_dim = stored.split_dim(shape)
-    cut = location.stored_cut(share, shape[0] // config.n_experts)
-
-    def read_into(place: Tensor) -> None:
-        target = location.view(place, config.head_dim)
-        target.copy_(stored.read(cut, split_dim).reshape(target.shape))
-
-    return read_into
+def _read_into(source: Source, split_dim: int | None, share: list[range], config: ModelConfig, place: Tensor) -> None:
+    cut = source.location.stored_cut(share, source.shape[0] // config.n_experts)
+    target = source.location.view(place, config.head_dim)
+    target.copy_(source.stored.read(cut, split_dim).reshape(target.shape))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_worker.demo import DEMO_CKPT_DIR
-from mixtral_worker.settings import RANDOM
+from mixtral_worker.settings import NORMALIZATION_MODES, RANDOM
 
 # Where params.json leaves rope_theta out, Mistral means a million, but ten thousand with a sliding window; Meta means ten thousand.
 ROPE_THETA, SHORT_ROPE_THETA = 1e6, 1e4
@@ -51,11 +51,18 @@ class ModelConfig:
     rope_theta: float = ROPE_THETA
     sliding_window: int | None = None  # a token looks at so many, itself included
     max_seq_len: int = CONTEXT  # tokens the model was made for
+    moe_normalization_mode: str = (
+        "renorm"  # whether the weights of a token's experts are scaled to sum 1; "none": as the softmax gives them
+    )
 
     def __post_init__(self) -> None:
+        if self.moe_normalization_mode not in NORMALIZATION_MODES:
+            raise ValueError(
+                f"moe_normalization_mode is {self.moe_normalization_mode!r}, which is none of {', '.join(NORMALIZATION_MODES)}"
+            )
         for field in fields(self):
             number = getattr(self, field.name)
-            if number is not None and not (math.isfinite(number) and number > 0):
+            if field.type is not str and number is not None and not (math.isfinite(number) and number > 0):
                 raise ValueError(f"{field.name} is {number}, which must be above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads cannot be shared evenly by {self.n_kv_heads} kv heads")
@@ -91,19 +98,41 @@ class ModelConfig:
 
     @property
     def possible_ranks(self) -> list[int]:
-        """Over how many ranks the tensors split evenly."""
-        splits = (self.n_kv_heads, self.hidden_dim, self.vocab_size)
-        return [n for n in range(1, self.n_kv_heads + 1) if all(size % n == 0 for size in splits)]
+        """Over how many ranks the tensors split evenly, each expert like the rest."""
+        return [n for n in range(1, self.n_kv_heads + 1) if 1 in self.possible_ep_sizes(n)]
 
-    def require_ranks(self, count: int) -> None:
-        if count not in self.possible_ranks:
-            *most, last = map(str, self.possible_ranks)
-            sizes = f"{', '.join(most)} or {last}" if most else last
-            raise ModelError(f"torchrun started {count} ranks; {self.n_kv_heads} kv heads allow {sizes}; run with --nproc_per_node {last}")
+    def possible_ep_sizes(self, tp_size: int) -> list[int]:
+        """How many groups of these ranks can share out the experts, the ranks of a group slicing each of theirs evenly."""
+        if self.n_kv_heads % tp_size or self.vocab_size % tp_size:
+            return []
+        sizes = [n for n in range(1, tp_size + 1) if tp_size % n == 0 and self.n_experts % n == 0]
+        return [n for n in sizes if self.hidden_dim % (tp_size // n) == 0]
+
+    def require_ranks(self, tp_size: int, ep_size: int = 1) -> None:
+        """Raises ModelError, naming the sizes that work."""
+        allowed = self.possible_ep_sizes(tp_size)
+        if not allowed:
+            sizes = [n for n in range(1, self.n_kv_heads + 1) if self.possible_ep_sizes(n)]
+            raise ModelError(
+                f"torchrun started {tp_size} ranks; {self.n_kv_heads} kv heads, a vocabulary of {self.vocab_size:,} and a hidden size of "
+                f"{self.hidden_dim:,} allow {either(sizes)}; run with --nproc_per_node {sizes[-1]}"
+            )
+        if ep_size not in allowed:
+            experts = f"{self.n_experts} experts" if self.is_moe else "a dense model, which is one expert,"
+            raise ModelError(
+                f"ep_size is {ep_size}; {tp_size} ranks, {experts} and a hidden size of {self.hidden_dim:,} allow {either(allowed)}: "
+                f"it must divide the ranks and the experts, and ranks / ep_size the hidden size; run with --ep_size {allowed[0]}"
+            )
 
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """Keys and values of one position, over all ranks."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_number
+
+
+def either(sizes: list[int]) -> str:
+    """1, 2 or 4"""
+    *most, last = map(str, sizes)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 MIXTRAL_8X7B = ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 8, 2)
@@ -131,7 +160,8 @@ def _from_params(params: Any) -> ModelConfig:
             params["vocab_size"] = VOCABULARY_OF_META
     experts = (int(moe["num_experts"]), int(moe["num_experts_per_tok"])) if moe else (1, 1)
     theta = SHORT_ROPE_THETA if is_meta or params.get("sliding_window") else ROPE_THETA
-    return _build(params, experts, float(params.get("rope_theta") or theta))
+    config = _build(params, experts, float(params.get("rope_theta") or theta))
+    return replace(config, moe_normalization_mode=(moe or {}).get("normalization_mode", "renorm"))
 
 
 def _from_huggingface(config: Any) -> ModelConfig:
@@ -205,7 +235,7 @@ def _from_spec(spec: str) -> ModelConfig:
 
 def _change(text: str) -> tuple[str, Any]:
     name, _, number = text.partition("=")
-    kinds = {field.name: float if field.type is float else int for field in fields(ModelConfig)}
+    kinds: dict[str, Any] = {field.name: field.type if field.type in (float, str) else int for field in fields(ModelConfig)}
     if name not in kinds:
         raise ValueError(f"{name!r} is none of {', '.join(kinds)}")
     return name, kinds[name](number)

@@ -7,42 +7,53 @@ from torch import Tensor, nn
 from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.parallel import Shard
 
-# T tokens this step, k experts per token, P = T·k pairs of token and expert, E experts, F hidden size of an expert on this rank.
+# T tokens this step, k experts per token, P = T·k pairs of token and expert, E experts of this rank, F hidden size of an expert on it.
 
 
-def route(logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
-    """Choose each token's experts. logits [T, E] → weights [T, k] float32, experts [T, k], best first, the lower index of equals.
+def route(logits: Tensor, experts_per_token: int, normalization: str = "renorm") -> tuple[Tensor, Tensor]:
+    """Choose each token's experts. logits [T, all experts] → weights [T, k] float32, experts [T, k], best first, the lower index of equals.
 
-    Softmax after the cut: equal to a softmax over all experts whose best k are scaled to sum 1 (TensorRT-LLM's RENORM).
+    TensorRT-LLM's modes. renorm: softmax after the cut, equal to a softmax over all experts whose best k are scaled to sum 1.
+    none: the softmax over all experts as it is, so the weights of the best k sum to less than 1.
     """
     ranked, experts = logits.float().sort(dim=-1, descending=True, stable=True)
+    if normalization == "none":
+        return ranked.softmax(-1)[:, :experts_per_token], experts[:, :experts_per_token]
     return ranked[:, :experts_per_token].softmax(-1), experts[:, :experts_per_token]
 
 
 class MoE(nn.Module):
-    """Every rank holds a slice of every expert, so the load is even whatever the router chooses."""
+    """Every rank holds a slice of every expert, so the load is even whatever the router chooses; with ep_size, of some experts."""
 
     def __init__(self, config: ModelConfig, shard: Shard) -> None:
         super().__init__()
-        hidden = config.hidden_dim // shard.count
+        self.experts = shard.experts(config.n_experts)
+        hidden = config.hidden_dim // shard.of_expert.count
         self.shard = shard
         self.experts_per_token = config.experts_per_token
+        self.normalization = config.moe_normalization_mode
         self.gate = nn.Parameter(torch.empty(config.n_experts, config.dim), requires_grad=False)
-        self.w13 = nn.Parameter(torch.empty(config.n_experts, 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
-        self.w2 = nn.Parameter(torch.empty(config.n_experts, config.dim, hidden), requires_grad=False)  # [E, dim, F]
+        self.w13 = nn.Parameter(torch.empty(len(self.experts), 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
+        self.w2 = nn.Parameter(torch.empty(len(self.experts), config.dim, hidden), requires_grad=False)  # [E, dim, F]
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The router's choice for x [T, dim] → weights [T, k] float32, experts [T, k]."""
-        return route(F.linear(x.float(), self.gate.float()), self.experts_per_token)
+        """The router's choice for x [T, dim] → weights [T, k] float32, experts [T, k]. The same on every rank."""
+        return route(F.linear(x.float(), self.gate.float()), self.experts_per_token, self.normalization)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
         weights, experts = self.choose(x)
-        pairs = experts.flatten()  # [P]
+        pairs = experts.flatten() - self.experts.start  # [P]
+        is_elsewhere = (pairs < 0) | (pairs >= len(self.experts)) if self.shard.ep_size > 1 else None
+        if is_elsewhere is not None:
+            pairs.masked_fill_(is_elsewhere, len(self.experts))  # behind all of this rank's
         order = pairs.argsort(stable=True)  # pairs sorted by expert
-        ends = torch.bincount(pairs, minlength=len(self.gate)).cumsum(0)  # [E] where each expert's pairs end
+        ends = torch.bincount(pairs, minlength=len(self.experts))[: len(self.experts)].cumsum(0)  # [E] where each expert's pairs end
         compute = self.compute_grouped if x.is_cuda else self.compute_each
-        by_expert = compute(x[order // self.experts_per_token], ends)  # [P, dim]
-        out = torch.empty_like(by_expert).index_copy_(0, order, by_expert).view(*weights.shape, -1)  # [T, k, dim]
+        by_expert = compute(x[order // self.experts_per_token], ends)  # [P, dim], from ends[-1] on undefined
+        out = torch.empty_like(by_expert).index_copy_(0, order, by_expert)
+        if is_elsewhere is not None:
+            out.masked_fill_(is_elsewhere[:, None], 0)  # another rank adds them
+        out = out.view(*weights.shape, -1)  # [T, k, dim]
         return self.shard.sum(torch.bmm(weights.to(out.dtype)[:, None], out).squeeze(1))
 
     def compute_grouped(self, x: Tensor, ends: Tensor) -> Tensor:  # [P, dim] → [P, dim]

@@ -1,7 +1,9 @@
 """One rank's share of a layer, and the two collectives that make the shares whole.
 
 Tensor parallelism as in Megatron: a column-parallel layer splits its outputs, a row-parallel layer its inputs, so a pair of them
-needs one sum. The group comes from fairscale; the layers are ours, because fairscale's allocate every full weight on every rank.
+needs one sum. Expert parallelism as in TensorRT-LLM: ep_size groups of ranks share out the experts, and the ranks of one group split each
+of theirs; the same sum adds up experts and splits, so it needs no group of its own. The group comes from fairscale; the layers are ours,
+because fairscale's allocate every full weight on every rank.
 """
 
 from dataclasses import dataclass
@@ -15,19 +17,31 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `count` equal parts of the model this process holds."""
+    """Which of `count` equal parts of the model this process holds. Experts lie in ep_size groups, each in count / ep_size slices."""
 
     index: int = 0
     count: int = 1
     group: dist.ProcessGroup | None = None
+    ep_size: int = 1
 
     @classmethod
-    def current(cls) -> "Shard":
+    def current(cls, ep_size: int = 1) -> "Shard":
         """The part this rank holds in fairscale's model-parallel group; the whole where no group was made."""
         if not fairscale_groups.model_parallel_is_initialized():
             return cls()
         index, count = fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
-        return cls(index, count, fairscale_groups.get_model_parallel_group())
+        return cls(index, count, fairscale_groups.get_model_parallel_group(), ep_size)
+
+    @property
+    def of_expert(self) -> "Shard":
+        """Which slice of each of its experts this process holds. Neighbouring ranks hold other experts, as in TensorRT-LLM."""
+        return Shard(self.index // self.ep_size, self.count // self.ep_size)
+
+    def experts(self, n_experts: int) -> range:
+        """The experts of this process."""
+        count = n_experts // self.ep_size
+        first = self.index % self.ep_size * count
+        return range(first, first + count)
 
     def sum(self, x: Tensor) -> Tensor:
         """Add up every rank's x, in place. Called by all ranks or none."""
