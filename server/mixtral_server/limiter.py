@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from mixtral_server.redis_client import redis_answers
+from mixtral_server.redis_nodes import AnyRedis
 
-from mixtral_server.errors import RedisUnavailable
+TAG = "{limits}"
+"""All buckets live in one slot of a Cluster."""
 
 _TAKE = """
 -- KEYS[1] bucket hash {left, at_us}   ARGV[1] size of the bucket = tokens per minute
@@ -40,13 +41,11 @@ class Allowance:
 
 
 class Limiter:
-    def __init__(self, redis: Redis) -> None:
-        self._take = redis.register_script(_TAKE)
+    def __init__(self, redis: AnyRedis) -> None:
+        self._take = redis.at(TAG).register_script(_TAKE)
 
     async def take(self, name: str, per_minute: int) -> Allowance:
-        """One token of the bucket `limit:<name>`, which holds per_minute at most and fills at that rate. Raises RedisUnavailable."""
-        try:
-            left, wait_us = await self._take(keys=[f"limit:{name}"], args=[per_minute])
-        except (RedisError, OSError) as error:
-            raise RedisUnavailable("Redis does not answer; try again in a moment", retry_after_s=1) from error
+        """One token of the bucket `{limits}:<name>`, which holds per_minute at most and fills at that rate. Raises RedisUnavailable."""
+        with redis_answers():
+            left, wait_us = await self._take(keys=[f"{TAG}:{name}"], args=[per_minute])
         return Allowance(per_minute, int(left), int(wait_us) / 1e6)

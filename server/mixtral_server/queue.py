@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from redis import exceptions as redis_errors
-from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 
 from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.errors import (
@@ -24,7 +22,6 @@ from mixtral_server.errors import (
     JobNotFound,
     ModelNotFound,
     QueueFull,
-    RedisUnavailable,
     SessionLapsed,
     TooManySessions,
     Unavailable,
@@ -51,6 +48,8 @@ from mixtral_server.records import (
     telemetry_json,
     worker_job_of,
 )
+from mixtral_server.redis_client import RedisClient, redis_answers
+from mixtral_server.redis_nodes import AnyRedis
 
 FORMAT = 1
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
@@ -73,16 +72,6 @@ _SCRIPTS = {
 }
 """Script → the files in lua/ that make it up, in this order."""
 
-_AWAY = ("OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
-"""Words in Redis's answers that mean: not now. All others are mistakes of ours."""
-_WORD_OF: Mapping[type[Exception], str] = {
-    redis_errors.OutOfMemoryError: "OOM",
-    redis_errors.ReadOnlyError: "READONLY",
-    redis_errors.MasterDownError: "MASTERDOWN",
-    redis_errors.ClusterDownError: "CLUSTERDOWN",
-    redis_errors.TryAgainError: "TRYAGAIN",
-}
-
 
 @dataclass(frozen=True)
 class QueueLimits:
@@ -101,11 +90,10 @@ class QueueLimits:
 class JobQueue:
     """The queue and log of every endpoint. One per server process; holds no state of its own but script hashes."""
 
-    def __init__(self, redis: Redis, endpoints: Mapping[str, QueueLimits]) -> None:
-        """redis: as redis_server.connect() makes it (decoded answers, deadlines on every call)."""
+    def __init__(self, redis: AnyRedis, endpoints: Mapping[str, QueueLimits]) -> None:
         self._redis = redis
         self._endpoints = dict(endpoints)
-        self._scripts = {name: redis.register_script(_script_text(files)) for name, files in _SCRIPTS.items()}
+        self._scripts = {name: AsyncScript(redis.at(""), _script_text(files)) for name, files in _SCRIPTS.items()}
 
     @property
     def endpoints(self) -> Mapping[str, QueueLimits]:
@@ -115,22 +103,17 @@ class JobQueue:
         """Write or check the format number, load the scripts. Raises Unavailable when Redis holds another format."""
         with redis_answers():
             for endpoint in self._endpoints:
-                key = Shard(endpoint).key("format")
-                await self._redis.set(key, FORMAT, nx=True)
-                found = int(await self._redis.get(key) or FORMAT)
+                key, redis = Shard(endpoint).key("format"), self._at(Shard(endpoint))
+                await redis.set(key, FORMAT, nx=True)
+                found = int(await redis.get(key) or FORMAT)
                 if found != FORMAT:
                     newer = found > FORMAT
                     raise Unavailable(
                         f"endpoint {endpoint} in Redis is kept in format {found}; this server reads and writes format {FORMAT}; "
                         + ("start the newer server" if newer else "finish its jobs with the older server, then delete its keys")
                     )
-            for script in self._scripts.values():
-                await self._redis.script_load(script.script)
-
-    async def ping(self) -> None:
-        """Raises RedisUnavailable unless Redis answers."""
-        with redis_answers():
-            await self._redis.ping()
+                for script in self._scripts.values():
+                    await redis.script_load(script.script)
 
     # ------------------------------------------------------------------------------------------ clients
 
@@ -280,19 +263,19 @@ class JobQueue:
     async def usage_batch(self, endpoint: str, limit: int = 500) -> list[FinishedJob]:
         """The oldest jobs of the outbox. Several replicas may get the same rows: job_id tells them apart."""
         with redis_answers():
-            rows: Any = await self._redis.xrange(self._shard(endpoint).key("usage"), count=limit)
+            rows: Any = await self._at(self._shard(endpoint)).xrange(self._shard(endpoint).key("usage"), count=limit)
         return [finished_job_of(endpoint, entry_id, row) for entry_id, row in rows]
 
     async def usage_ack(self, endpoint: str, entry_ids: Sequence[str]) -> None:
         """Forget rows of the outbox that are saved."""
         if entry_ids:
             with redis_answers():
-                await self._redis.xdel(self._shard(endpoint).key("usage"), *entry_ids)
+                await self._at(self._shard(endpoint)).xdel(self._shard(endpoint).key("usage"), *entry_ids)
 
     async def dead_letters(self, endpoint: str, limit: int = 100) -> list[DeadLetter]:
         """The latest jobs given up, newest first."""
         with redis_answers():
-            rows: Any = await self._redis.xrevrange(self._shard(endpoint).key("dead"), count=limit)
+            rows: Any = await self._at(self._shard(endpoint)).xrevrange(self._shard(endpoint).key("dead"), count=limit)
         return [DeadLetter(row["job"], row["owner"], row["reason"], row["worker"], seconds_of(row["at"])) for _, row in rows]
 
     async def depth(self, endpoint: str) -> Depth:
@@ -321,7 +304,10 @@ class JobQueue:
 
     async def _run(self, script: str, shard: Shard, *args: str | int | float) -> Any:
         with redis_answers():
-            return await self._scripts[script](keys=[shard.tag], args=args)
+            return await self._scripts[script](keys=[shard.tag], args=args, client=self._at(shard))
+
+    def _at(self, shard: Shard) -> RedisClient:
+        return self._redis.at(shard.tag)
 
     def _limits(self, endpoint: str) -> QueueLimits:
         return self._endpoints[endpoint]
@@ -346,21 +332,6 @@ class JobQueue:
         if shard is None:
             raise _session_lapsed(session)
         return shard
-
-
-@contextmanager
-def redis_answers() -> Iterator[None]:
-    """Redis's errors that mean `not now` become RedisUnavailable; mistakes of ours stay what they are."""
-    try:
-        yield
-    except (redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
-        raise RedisUnavailable(f"the queue's Redis does not answer ({type(error).__name__}); try again", retry_after_s=1.0) from error
-    except redis_errors.ResponseError as error:
-        said = f"{_WORD_OF.get(type(error), '')} {error}"  # the client takes away the word that it made a class of
-        word = next((word for word in _AWAY if word in said), None)
-        if word is None:
-            raise
-        raise RedisUnavailable(f"the queue's Redis takes no writes now ({word}); try again", retry_after_s=5.0) from error
 
 
 def _script_text(files: Sequence[str]) -> str:

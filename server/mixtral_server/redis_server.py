@@ -1,7 +1,7 @@
 """Which Redis we use: the one that --redis_url names, or one of our own that lives and ends with us.
 
-Decides how it is found, started, watched and started again, how servers on one data folder share it, and what is refused or warned
-of. Leaves to queue.py everything that is in it.
+Decides how our own is found, started, watched and started again, and how servers on one data folder share it. Leaves to redis_nodes.py
+how any Redis is reached, and to queue.py everything that is in it.
 
 Our own listens on a unix socket in a 0700 folder and on no port. One server per data folder holds a file lock and owns the child;
 others on the same folder use its socket, and the first of them to get the lock when the owner is gone starts Redis anew.
@@ -23,28 +23,21 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
-from urllib.parse import quote, urlsplit
-
-from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
+from typing import Literal, TypeAlias
+from urllib.parse import quote
 
 from mixtral_server.errors import Unavailable
+from mixtral_server.redis_nodes import OLDEST, AnyRedis, open_url
 
 LOG = logging.getLogger(__name__)
 
 Durability: TypeAlias = Literal["memory", "standard", "strict"]
 
-OLDEST = (6, 2)
-CALL_TIMEOUT_S = 5.0
-MAX_CONNECTIONS = 64
+ASK_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 30.0
 """For a Redis that does not answer at all; while it says that it loads its log we wait on."""
 STOP_TIMEOUT_S = 10.0
@@ -73,79 +66,8 @@ INSTALL_LINE = (
 )
 
 
-# ---------------------------------------------------------------------------------------------- any Redis
-
-
-class _PromptWrites:
-    """The client wraps each write in asyncio.wait_for, which before Python 3.12 may swallow the cancellation of its task: a reader that
-    left, or a server that ends, would wait for ever. The same limit, kept by asyncio.timeout."""
-
-    socket_timeout: float | None
-
-    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
-        limit_s, self.socket_timeout = self.socket_timeout, None
-        try:
-            async with asyncio.timeout(limit_s):
-                await super().send_packed_command(command, check_health)  # type: ignore[misc]
-        except TimeoutError as error:
-            raise redis_errors.TimeoutError("timeout writing to socket") from error
-        finally:
-            self.socket_timeout = limit_s
-
-
-class _Tcp(_PromptWrites, Connection):
-    pass
-
-
-class _Tls(_PromptWrites, SSLConnection):
-    pass
-
-
-class _Unix(_PromptWrites, UnixDomainSocketConnection):
-    pass
-
-
-_CONNECTIONS = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
-
-
-def connect(url: str) -> Redis:
-    """A client with decoded answers, a bounded pool and a deadline on every call. Does not connect yet. Raises ValueError for a URL
-    that is none of redis://, rediss:// and unix://."""
-    options: dict[str, Any] = dict(parse_url(url))
-    options["connection_class"] = _CONNECTIONS[options.get("connection_class", Connection)]
-    pool = BlockingConnectionPool(
-        max_connections=MAX_CONNECTIONS,
-        timeout=CALL_TIMEOUT_S,
-        socket_timeout=CALL_TIMEOUT_S,
-        socket_connect_timeout=CALL_TIMEOUT_S,
-        decode_responses=True,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
-        **options,
-    )
-    return Redis.from_pool(pool)
-
-
-async def check(redis: Redis, where: str) -> None:
-    """Raises Unavailable for a Redis that does not answer or is too old; warns of one that throws keys away. where: for people."""
-    try:
-        facts = await redis.info("server") | await redis.info("memory")
-    except redis_errors.RedisError as error:
-        raise Unavailable(f"Redis at {where} does not answer: {error}; start it, or correct --redis_url") from error
-    version = tuple(int(part) for part in str(facts["redis_version"]).split(".")[:2])
-    if version < OLDEST:
-        raise Unavailable(f"Redis at {where} is version {facts['redis_version']}; 6.2 is the oldest that has what the queue needs")
-    policy = facts.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        LOG.warning(
-            "redis_may_lose_jobs where=%s maxmemory_policy=%s: at its memory limit this Redis throws away jobs and tokens; "
-            "run CONFIG SET maxmemory-policy noeviction, and write it into redis.conf",
-            where,
-            policy,
-        )
-
-
 @asynccontextmanager
-async def open_redis(redis_url: str | None, data_dir: Path, *, durability: Durability = "standard") -> AsyncIterator[Redis]:
+async def open_redis(redis_url: str | None, data_dir: Path, *, durability: Durability = "standard") -> AsyncIterator[AnyRedis]:
     """The client of redis_url, or of an embedded Redis under data_dir when redis_url is None or ""; checked and answering.
 
     Raises Unavailable with a sentence: no binary to be found, Redis older than 6.2, no answer.
@@ -154,20 +76,7 @@ async def open_redis(redis_url: str | None, data_dir: Path, *, durability: Durab
         if not redis_url:
             embedded = await stack.enter_async_context(EmbeddedRedis(data_dir, durability=durability))
             redis_url = embedded.url
-        try:
-            redis = connect(redis_url)
-        except ValueError as error:
-            raise Unavailable(
-                f"--redis_url is {_without_password(redis_url)}; it must begin with redis://, rediss:// or unix://"
-            ) from error
-        stack.push_async_callback(redis.aclose)
-        await check(redis, _without_password(redis_url))
-        yield redis
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        yield await stack.enter_async_context(open_url(redis_url))
 
 
 # ---------------------------------------------------------------------------------------------- binaries
@@ -377,7 +286,7 @@ class EmbeddedRedis:
     async def _ask(self, command: bytes) -> bytes:
         """The first line that our Redis answers; b"" when there is none."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(ASK_TIMEOUT_S):
                 reader, writer = await asyncio.open_unix_connection(self._socket)
                 try:
                     writer.write(command + b"\r\n")

@@ -19,7 +19,6 @@ from typing import Any
 
 import orjson
 from redis import exceptions as redis_errors
-from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from mixtral_client.protocol import (
@@ -38,6 +37,8 @@ from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.keys import Shard
 from mixtral_server.queue import JobQueue
 from mixtral_server.records import Entry, Snapshot
+from mixtral_server.redis_client import RedisClient
+from mixtral_server.redis_nodes import AnyRedis
 
 LOG = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class _News:
 class Relay:
     """`async with Relay(redis, queue) as relay:` once per process; it needs no subscription per follower."""
 
-    def __init__(self, redis: Redis, queue: JobQueue) -> None:
+    def __init__(self, redis: AnyRedis, queue: JobQueue) -> None:
         self._redis = redis
         self._queue = queue
         self._reads = asyncio.Semaphore(MAX_READS)
@@ -198,18 +199,22 @@ class Relay:
         self._wake = {Shard(endpoint).wake: endpoint for endpoint in queue.endpoints}
         self._wakes = dict.fromkeys(queue.endpoints, 0)
         self._work = {endpoint: asyncio.Event() for endpoint in queue.endpoints}
-        self._listener: asyncio.Task[None] | None = None
+        self._listeners: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Relay:
-        self._listener = asyncio.create_task(self._listen(), name="relay")
+        homes: dict[RedisClient, list[str]] = {}  # in a Cluster messages are heard where they are made: they pass no other node
+        for channel in (*self._live, *self._wake):
+            homes.setdefault(self._redis.at(channel), []).append(channel)
+        self._listeners = [asyncio.create_task(self._listen(*home), name="relay") for home in homes.items()]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._listener:
-            self._listener.cancel()
-            await asyncio.wait({self._listener})
-            if not self._listener.cancelled():
-                self._listener.result()  # it ends by cancelling only: anything else is a mistake to be seen
+        for listener in self._listeners:
+            listener.cancel()
+        await asyncio.wait(self._listeners)
+        for listener in self._listeners:
+            if not listener.cancelled():
+                listener.result()  # it ends by cancelling only: anything else is a mistake to be seen
 
     # ------------------------------------------------------------------------------------------ readers
 
@@ -268,13 +273,13 @@ class Relay:
 
     # ------------------------------------------------------------------------------------------ the live channel
 
-    async def _listen(self) -> None:
+    async def _listen(self, redis: RedisClient, channels: Sequence[str]) -> None:
         """Subscribed for as long as the process lives."""
         pause_s = 0.0
         while True:
             try:
-                async with self._redis.pubsub() as channel:
-                    await channel.subscribe(*self._live, *self._wake)
+                async with redis.pubsub() as channel:
+                    await channel.subscribe(*channels)
                     async for message in _messages(channel):
                         pause_s = 0.0
                         self._hear(message)

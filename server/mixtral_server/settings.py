@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mixtral_server.redis_url import RedisUrlError, parse_redis_url
+
 ENVIRONMENT_PREFIX = "MIXTRAL_"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _INSTALLED = Path(sys.prefix) / "share" / "mixtral-chat"
@@ -60,7 +62,9 @@ class Settings:
     host: str = knob("127.0.0.1", "address to listen on; 0.0.0.0 or :: is every interface of this machine")
     port: int = knob(7777, "TCP port to listen on; 0 takes a free one", least=0, most=65_535)
     data_dir: str = knob("data", "folder for keys.env, SQLite and the embedded Redis; made when missing")
-    redis_url: str = knob("", "Redis 6.2 or newer, redis:// rediss:// or unix://; empty: start our own in data_dir")
+    redis_url: str = knob(
+        "", "Redis 6.2 or newer: unix://, redis://, redis+sentinel:// or redis+cluster://, rediss for TLS; empty: start our own in data_dir"
+    )
     durability: str = knob(
         "standard",
         "how often our own Redis writes to disk; docs/operations.md says what survives what",
@@ -196,9 +200,11 @@ def _check_together(settings: Settings) -> None:
     if url and not url.startswith(("sqlite+aiosqlite:", "postgresql+asyncpg:")):
         scheme = url.partition(":")[0]
         raise SettingError(f"--database_url must begin with sqlite+aiosqlite: or postgresql+asyncpg:; got {scheme!r}")
-    if settings.redis_url and not settings.redis_url.startswith(("redis://", "rediss://", "unix://")):
-        scheme = settings.redis_url.partition(":")[0]
-        raise SettingError(f"--redis_url must begin with redis://, rediss:// or unix://; got {scheme!r}")
+    if settings.redis_url:
+        try:
+            parse_redis_url(settings.redis_url)
+        except RedisUrlError as error:
+            raise SettingError(str(error)) from None
     for text in filter(None, (part.strip() for part in settings.trusted_proxies.split(","))):
         try:
             ipaddress.ip_network(text, strict=False)

@@ -35,8 +35,9 @@ def upkeep_of(service: Service, history: History, ring: KeyRing) -> list[Corouti
     return [
         ring.keep_fresh(),
         watch_loop(service.metrics),
-        every(1.0, "reap", partial(reap, service), service.metrics),
-        every(1.0, "save_history", partial(save_history, service, history), service.metrics),
+        # Each endpoint by itself: in a Cluster, the node of one may be away while the others answer.
+        *(every(1.0, "reap", partial(reap, service, endpoint), service.metrics) for endpoint in service.endpoints),
+        *(every(1.0, "save_history", partial(save_history, service, history, endpoint), service.metrics) for endpoint in service.endpoints),
         every(3600.0, "forget_history", forget, service.metrics),
     ]
 
@@ -59,50 +60,48 @@ async def every(period_s: float, name: str, work: Callable[[], Awaitable[None]],
         await asyncio.sleep(period_s)
 
 
-async def reap(service: Service) -> None:
-    for endpoint in service.endpoints:
-        more = True
-        while more:
-            reaped = await service.queue.reap(endpoint)
-            more = reaped.more
-            if reaped.lapsed_sessions or reaped.dead or reaped.shifted_s:
-                log.warning(
-                    "event=reaped endpoint=%s lapsed_sessions=%d requeued=%d dead=%d expired=%d shifted_s=%.1f",
-                    endpoint,
-                    reaped.lapsed_sessions,
-                    reaped.requeued,
-                    reaped.dead,
-                    reaped.expired,
-                    reaped.shifted_s,
-                )
-
-
-async def save_history(service: Service, history: History) -> None:
-    """Carry finished jobs from the queue's outbox to the database, and only then take them out of the outbox."""
-    for endpoint in service.endpoints:
-        while rows := await service.queue.usage_batch(endpoint):
-            saved = await history.save(
-                [
-                    FinishedJob(
-                        id=row.job_id,
-                        endpoint=row.endpoint,
-                        owner=row.owner,
-                        state=row.state,
-                        finish=row.finish,
-                        error_code=row.error_code,
-                        prompt_tokens=row.prompt_tokens,
-                        completion_tokens=row.completion_tokens,
-                        attempts=row.attempts,
-                        created_s=row.created,
-                        finished_s=row.ended,
-                        queue_s=row.timings.queue_s,
-                        first_token_s=row.timings.first_token_s,
-                    )
-                    for row in rows
-                ]
+async def reap(service: Service, endpoint: str) -> None:
+    more = True
+    while more:
+        reaped = await service.queue.reap(endpoint)
+        more = reaped.more
+        if reaped.lapsed_sessions or reaped.dead or reaped.shifted_s:
+            log.warning(
+                "event=reaped endpoint=%s lapsed_sessions=%d requeued=%d dead=%d expired=%d shifted_s=%.1f",
+                endpoint,
+                reaped.lapsed_sessions,
+                reaped.requeued,
+                reaped.dead,
+                reaped.expired,
+                reaped.shifted_s,
             )
-            await service.queue.usage_ack(endpoint, [row.entry_id for row in rows])
-            service.metrics.ledger_saved.inc(saved)
+
+
+async def save_history(service: Service, history: History, endpoint: str) -> None:
+    """Carry finished jobs from the queue's outbox to the database, and only then take them out of the outbox."""
+    while rows := await service.queue.usage_batch(endpoint):
+        saved = await history.save(
+            [
+                FinishedJob(
+                    id=row.job_id,
+                    endpoint=row.endpoint,
+                    owner=row.owner,
+                    state=row.state,
+                    finish=row.finish,
+                    error_code=row.error_code,
+                    prompt_tokens=row.prompt_tokens,
+                    completion_tokens=row.completion_tokens,
+                    attempts=row.attempts,
+                    created_s=row.created,
+                    finished_s=row.ended,
+                    queue_s=row.timings.queue_s,
+                    first_token_s=row.timings.first_token_s,
+                )
+                for row in rows
+            ]
+        )
+        await service.queue.usage_ack(endpoint, [row.entry_id for row in rows])
+        service.metrics.ledger_saved.inc(saved)
 
 
 async def watch_loop(metrics: Metrics) -> None:

@@ -8,9 +8,8 @@ import pytest
 from redis.asyncio import Redis
 
 from mixtral_server.queue import JobQueue, QueueLimits
-from mixtral_server.redis_server import connect
 from support.queue_bench import ENDPOINT, Bench
-from support.redis import VERSIONS, RedisProcess, redis_binary
+from support.redis import VERSIONS, RedisProcess, connect, redis_binary
 from support.server_fixtures import *  # noqa: F403 - its fixtures
 
 

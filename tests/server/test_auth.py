@@ -17,10 +17,10 @@ from mixtral_server.apikeys import ApiKey, hash_of, new_secret, prefix_of
 from mixtral_server.auth import COOKIE, KeyRing, network_of
 from mixtral_server.errors import RedisUnavailable, Unavailable
 from mixtral_server.limiter import Limiter
-from mixtral_server.redis_server import connect
 from mixtral_server.settings import Settings
 from support.http import PATIENCE_S
 from support.live_server import LiveServer
+from support.redis import connect
 
 CHAT: dict[str, Any] = {"model": "mixtral_chat", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -413,14 +413,14 @@ async def test_bucket_fills_again_at_its_rate(redis: Redis) -> None:
     limiter = Limiter(redis)
     for _ in range(3):
         await limiter.take("a", 3)
-    await redis.hincrby("limit:a", "at_us", -20_000_000)  # as if it were 20 s later
+    await redis.hincrby("{limits}:a", "at_us", -20_000_000)  # as if it were 20 s later
     assert [(await limiter.take("a", 3)).wait_s > 0 for _ in range(2)] == [False, True]
 
 
 async def test_bucket_is_shared_by_servers_bounded_in_time_and_apart_from_others(redis: Redis) -> None:
     assert [(await Limiter(redis).take("a", 1)).wait_s > 0 for _ in range(2)] == [False, True]
     assert (await Limiter(redis).take("b", 1)).wait_s == 0
-    assert 0 < await redis.pttl("limit:a") <= 61_000
+    assert 0 < await redis.pttl("{limits}:a") <= 61_000
 
 
 async def test_limiter_without_redis_says_so(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
-from mixtral_server import redis_server
 from mixtral_server.errors import Unavailable
-from mixtral_server.redis_server import Durability, EmbeddedRedis, connect, find_redis, open_redis, version_of
-from support.redis import VERSIONS, RedisProcess, redis_binary
+from mixtral_server.redis_server import Durability, EmbeddedRedis, find_redis, open_redis, version_of
+from support.redis import VERSIONS, RedisProcess, connect, redis_binary
 
 HANG_S = 30.0
 
@@ -45,7 +45,7 @@ async def answers(client: Redis) -> None:
             try:
                 await client.ping()
                 return
-            except (redis_server.redis_errors.ConnectionError, redis_server.redis_errors.TimeoutError):
+            except (redis_errors.ConnectionError, redis_errors.TimeoutError):
                 await asyncio.sleep(0.02)
 
 
@@ -332,7 +332,7 @@ async def test_a_named_redis_that_does_not_answer_is_said_without_its_password(t
 
 
 async def test_a_url_of_another_kind_is_refused_without_its_password(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match=r"--redis_url is http://host; it must begin with redis://") as refused:
+    with pytest.raises(Unavailable, match=r"--redis_url must begin with unix://.*; got http://") as refused:
         async with open_redis("http://user:secret@host", tmp_path):
             pass
     assert "secret" not in str(refused.value)

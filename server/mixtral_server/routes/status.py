@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from aiohttp import web
 
 from mixtral_server.errors import RedisUnavailable, RequestRefused, ServiceError, Unavailable
 from mixtral_server.metrics import CONTENT_TYPE, QueueNumbers
+from mixtral_server.records import LiveWorker
 from mixtral_server.routes.service import PublicRoute, Service
 
 log = logging.getLogger(__name__)
@@ -22,15 +24,25 @@ async def readyz(service: Service, request: web.Request) -> web.StreamResponse:
     """200 while this replica takes work: Redis answers, and it is not stopping. ?workers=N also wants so many workers logged in."""
     if service.stages.leaving.is_set():
         raise Unavailable("this server is stopping; send requests to another one", retry_after_s=2)
-    await service.queue.ping()
-    sessions = [await service.queue.sessions(endpoint) for endpoint in service.endpoints]
-    workers = sum(len(one) for one in sessions)
+    workers = sum(map(len, await _sessions(service)))
     wanted = request.query.get("workers", "0")
     if not (wanted.isdecimal() and len(wanted) < 6):
         raise RequestRefused(f"workers must be a whole number of 0 or more; got {wanted[:40]!r}", param="workers")
     if workers < int(wanted):
         raise Unavailable(f"{workers} workers are logged in and {wanted} were asked for; start one with torchrun worker", retry_after_s=2)
     return web.json_response({"status": "ok", "workers": workers})
+
+
+async def _sessions(service: Service) -> list[list[LiveWorker]]:
+    """Of each endpoint whose Redis answers (in a Cluster they have nodes of their own). Raises RedisUnavailable when none does."""
+    answers = await asyncio.gather(*map(service.queue.sessions, service.endpoints), return_exceptions=True)
+    for error in answers:
+        if isinstance(error, BaseException) and not isinstance(error, RedisUnavailable):
+            raise error
+    found = [one for one in answers if not isinstance(one, BaseException)]
+    if not found and answers and isinstance(answers[0], RedisUnavailable):
+        raise answers[0]
+    return found
 
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
