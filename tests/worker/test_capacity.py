@@ -253,7 +253,7 @@ def test_where_weights_fit_and_a_full_chat_does_not_the_longest_context_is_propo
 
 def test_only_precisions_that_the_caller_can_run_are_proposed() -> None:
     with pytest.raises(DoesNotFit) as refused:
-        plan_memory(wanted(), Machine(GPUS["H100"], 1).memory(), precisions=("bf16",))
+        plan_memory(wanted(), Machine(GPUS["H100"], 1).memory(), precisions={"bf16": "bf16"})
     assert refused.value.nearest == ("2 × H100 (56.3 GiB left for chats)",)
 
 
@@ -275,10 +275,21 @@ def test_a_small_model_reserves_no_more_kv_than_its_slots_can_use(checkpoint: Pa
     assert plan.room_tokens > plan.kv_tokens
 
 
-def test_slots_are_as_many_as_typical_chats_fit(checkpoint: Path) -> None:
-    plan = small_plan(checkpoint, slots=32, memory_mib=330)
-    assert plan.max_slots == plan.typical_chats == plan.room_tokens // 1024 < 32
-    assert small_plan(checkpoint, slots=None, memory_mib=8192).max_slots == capacity.MOST_SLOTS
+def test_slots_are_those_asked_for_or_as_many_as_typical_chats_fit(checkpoint: Path) -> None:
+    plan = small_plan(checkpoint, slots=None, memory_mib=325)
+    assert plan.max_slots == plan.typical_chats == plan.room_tokens // 1024 < capacity.MOST_SLOTS_OF_HOST
+    assert small_plan(checkpoint, slots=None, memory_mib=8192).max_slots == capacity.MOST_SLOTS_OF_HOST
+    more = small_plan(checkpoint, slots=200, memory_mib=325)
+    assert (more.max_slots, more.kv_tokens) == (200, plan.room_tokens), "short chats may run together, long ones take turns"
+    card = plan_memory(wanted(context=4096), Machine(GPUS["A100-80GB"], 8).memory())
+    assert card.max_slots == capacity.MOST_SLOTS < card.typical_chats
+
+
+def test_each_host_brings_its_memory(checkpoint: Path) -> None:
+    shape = ModelConfig.read(checkpoint)
+    one, two = (capacity.host_memory(8 * GIB, 4, shape, "fp32", hosts) for hosts in (1, 2))
+    assert two.usable_bytes - one.usable_bytes == int(16 * GIB * 0.8) - int(8 * GIB * 0.8)
+    assert (one.label, two.label) == ("this host's free memory", "the free memory of 2 hosts")
 
 
 def test_ranks_on_one_host_share_its_memory_and_each_costs_a_copy(checkpoint: Path) -> None:

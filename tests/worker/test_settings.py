@@ -18,7 +18,7 @@ def test_without_flags_it_is_a_terminal_chat_with_the_demo_model() -> None:
     assert settings.api_server == ""
     assert settings.ckpt_dir == DEMO_CKPT_DIR
     assert settings.tokenizer_path == DEMO_CKPT_DIR / "tokenizer.model"
-    assert (settings.max_batch_size, settings.max_seq_len, settings.dtype, settings.device) == (32, None, "auto", "auto")
+    assert (settings.max_batch_size, settings.max_seq_len, settings.dtype, settings.device) == (None, None, "auto", "auto")
 
 
 def test_every_flag_of_the_aime_article_is_taken(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ and FLOP/s allow at most. Nothing here is measured. Leaves to the caller where t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mixtral_worker.blocks import BLOCK_SIZE
@@ -15,6 +15,7 @@ from mixtral_worker.model.config import SHAPES, ModelConfig, ModelError
 GIB = 2**30
 INT4_GROUP = 128  # weights that share one 2-byte scale
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / INT4_GROUP}
+PRECISIONS = {name: name for name in ("bf16", "int8", "int4")}
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 GPU_SHARE = 0.92  # of a GPU's memory may be filled; the rest absorbs fragments and peaks
@@ -23,7 +24,7 @@ HOST_SHARE = 0.8  # of a host's free memory, which others use too
 HOST_OVERHEAD_BYTES = 256 * 2**20  # per CPU rank: activations and buffers
 CHAT_TOKENS = 3072  # a typical chat at its end ...
 MEAN_TOKENS = 1024  # ... and the context at which it is read in the mean, since chats start short
-MOST_SLOTS = 256
+MOST_SLOTS, MOST_SLOTS_OF_HOST = 256, 32  # where none are asked for; a CPU's step takes longer with every chat
 PREFILL_CHUNK = 512
 LIKE_PRICE = 1.15  # a set-up with less than 15 % more or less bandwidth is no other choice
 
@@ -95,29 +96,33 @@ class Memory:
     ranks: int = 1
     share: float = GPU_SHARE
     overhead_bytes: int = GPU_OVERHEAD_BYTES  # per rank
-    is_host: bool = False  # ranks share one memory, and more ranks bring no more of it
+    is_host: bool = False  # ranks share the memory of their host, and more ranks bring no more of it
+    hosts: int = 1  # where is_host
+
+    @property
+    def parts(self) -> int:
+        return self.hosts if self.is_host else self.ranks
 
     @property
     def usable_bytes(self) -> int:
-        parts = 1 if self.is_host else self.ranks
-        return int(parts * self.bytes_each * self.share) - self.ranks * self.overhead_bytes
+        return int(self.parts * self.bytes_each * self.share) - self.ranks * self.overhead_bytes
 
     @property
     def label(self) -> str:
         return self.name if self.is_host else f"{self.ranks} × {self.name}"
 
     def __str__(self) -> str:
-        parts = 1 if self.is_host else self.ranks
         return (
-            f"{parts} × {self.bytes_each / GIB:.1f} GiB × {self.share:.0%} − {self.ranks} × {self.overhead_bytes / GIB:.1f} GiB overhead"
-            f" = {self.usable_bytes / GIB:.1f} GiB"
+            f"{self.parts} × {self.bytes_each / GIB:.1f} GiB × {self.share:.0%} − {self.ranks} × {self.overhead_bytes / GIB:.1f} GiB "
+            f"overhead = {self.usable_bytes / GIB:.1f} GiB"
         )
 
 
-def host_memory(free_bytes: int, ranks: int, model: ModelConfig, precision: str) -> Memory:
-    """The memory of CPU ranks, from what this host has free before any weight is read."""
+def host_memory(free_bytes: int, ranks: int, model: ModelConfig, precision: str, hosts: int = 1) -> Memory:
+    """The memory of CPU ranks, from what each of their hosts has free before any weight is read."""
     overhead = HOST_OVERHEAD_BYTES + copied_bytes(model, precision)
-    return Memory("this host's free memory", free_bytes, ranks, HOST_SHARE, overhead, is_host=True)
+    name = "this host's free memory" if hosts == 1 else f"the free memory of {hosts} hosts"
+    return Memory(name, free_bytes, ranks, HOST_SHARE, overhead, is_host=True, hosts=hosts)
 
 
 # ---- what fits
@@ -132,7 +137,7 @@ class Wanted:
     precision: str = "bf16"
     kv_dtype: str = "bf16"
     context: int = 32_768  # most tokens of one chat
-    slots: int | None = None  # most chats together; None: as many as fit
+    slots: int | None = None  # chats together; None: as many typical ones as fit
     chat_tokens: int = CHAT_TOKENS
 
     @property
@@ -171,11 +176,14 @@ class DoesNotFit(ModelError):
         super().__init__(f"{reason}; {'take ' + ', or '.join(nearest) if nearest else 'it needs a machine with more memory'}")
 
 
-def plan_memory(wanted: Wanted, memory: Memory, precisions: Iterable[str] = ("bf16", "int8", "int4")) -> MemoryPlan:
-    """Divide memory, before anything is loaded. precisions: those that a refusal may propose. Raises DoesNotFit."""
+def plan_memory(wanted: Wanted, memory: Memory, precisions: Mapping[str, str] = PRECISIONS, context_flag: str = "--context") -> MemoryPlan:
+    """Divide memory, before anything is loaded. Raises DoesNotFit.
+
+    precisions: those that a refusal may propose, and how one asks for each; context_flag: how one asks for another context.
+    """
     plan = _divide(wanted, memory)
     if plan.full_chats < 1:
-        raise DoesNotFit(_reason(wanted, memory, plan), _nearest(wanted, memory, plan, precisions))
+        raise DoesNotFit(_reason(wanted, memory, plan), _nearest(wanted, memory, plan, precisions, context_flag))
     return plan
 
 
@@ -184,7 +192,7 @@ def _divide(wanted: Wanted, memory: Memory) -> MemoryPlan:
     per_token = kv_bytes_per_token(wanted.model, wanted.kv_dtype)
     room = max(0, usable - weights) // (per_token * BLOCK_SIZE) * BLOCK_SIZE
     typical = room // wanted.typical_tokens
-    slots = max(1, min(typical, MOST_SLOTS if wanted.slots is None else wanted.slots))
+    slots = wanted.slots or max(1, min(typical, MOST_SLOTS_OF_HOST if memory.is_host else MOST_SLOTS))
     return MemoryPlan(
         weights_bytes=weights,
         usable_bytes=usable,
@@ -205,14 +213,14 @@ def _reason(wanted: Wanted, memory: Memory, plan: MemoryPlan) -> str:
     )
 
 
-def _nearest(wanted: Wanted, memory: Memory, plan: MemoryPlan, precisions: Iterable[str]) -> list[str]:
+def _nearest(wanted: Wanted, memory: Memory, plan: MemoryPlan, precisions: Mapping[str, str], context_flag: str) -> list[str]:
     """The longest context, the next precision, the next number of GPUs: whichever alone makes it fit."""
-    found = [f"--context {plan.room_tokens}"] if plan.room_tokens >= PREFILL_CHUNK else []
+    found = [f"{context_flag} {plan.room_tokens}"] if plan.room_tokens >= PREFILL_CHUNK else []
     bits = BYTES_PER_WEIGHT[wanted.precision]
     for precision in sorted((p for p in precisions if BYTES_PER_WEIGHT[p] < bits), key=lambda p: -BYTES_PER_WEIGHT[p]):
         fewer = _divide(replace(wanted, precision=precision), memory)
         if fewer.full_chats:
-            found.append(f"{precision} ({_gib(fewer.room_bytes)} left for chats)")
+            found.append(f"{precisions[precision]} ({_gib(fewer.room_bytes)} left for chats)")
             break
     for ranks in wanted.model.possible_ranks if not memory.is_host else []:
         more = _divide(wanted, replace(memory, ranks=ranks))

@@ -110,7 +110,7 @@ def plan(given: argparse.Namespace) -> capacity_report.Report:
         raise SettingsRefused(f"--context is {context:,}; {name} was made for at most {model.max_seq_len:,}; lower it")
     wanted = Wanted(name, model, given.precision, given.kv_dtype, context, chat_tokens=given.chat_tokens)
     memory = machine.memory(given.memory_share)
-    divided = capacity.plan_memory(wanted, memory, ("bf16", "fp8" if machine.gpu.fp8 else "int8", "int4"))
+    divided = capacity.plan_memory(wanted, memory, {name: name for name in ("bf16", "fp8" if machine.gpu.fp8 else "int8", "int4")})
     return capacity_report.build(
         Setup(machine, wanted, divided),
         memory,

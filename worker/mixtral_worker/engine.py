@@ -14,15 +14,13 @@ from torch import Tensor
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.model import checkpoint
 from mixtral_worker.model.attention import Batch, Chunk, Decodes
-from mixtral_worker.model.config import ModelConfig, ModelError
+from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.kv_cache import KVCache
 from mixtral_worker.model.parallel import Shard
 from mixtral_worker.model.rope import rotations
 from mixtral_worker.model.transformer import Transformer
 from mixtral_worker.plan import Row, StepPlan
 from mixtral_worker.sampling import sample
-
-KV_SHARE_OF_FREE_MEMORY = 0.9  # on a GPU, when no size is given; the rest is for activations
 
 SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then up to 2⁵, 2⁶ …: at most half of the work is padding
 
@@ -55,9 +53,9 @@ class Engine:
     ) -> "Engine":
         """Read this rank's share of a checkpoint. Call on every rank, inside ranks.join where there are several.
 
-        config is the folder's own where none is given. num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens. Without it
-        there is room for max_slots sequences of max_seq_len, or, on a GPU, for as many as the free memory holds. vocab_size is the
-        tokenizer's: where the model has more ids, those without a text are never drawn. Raises ModelError.
+        config is the folder's own where none is given. num_blocks is the size of the KV cache in blocks of BLOCK_SIZE tokens; without it
+        there is room for max_slots sequences of max_seq_len. vocab_size is the tokenizer's: where the model has more ids, those without
+        a text are never drawn. Raises ModelError.
         """
         config, shard = config or ModelConfig.read(Path(ckpt_dir)), Shard.current(ep_size)
         config.require_ranks(shard.count, ep_size)
@@ -65,8 +63,7 @@ class Engine:
             model = Transformer(config, shard).to(dtype)
         model.to_empty(device=device)
         checkpoint.load(model, Path(ckpt_dir), progress)
-        wanted_blocks = max_slots * -(-max_seq_len // BLOCK_SIZE)
-        blocks = num_blocks or min(wanted_blocks, _blocks_that_fit(model, wanted_blocks))
+        blocks = num_blocks or max_slots * -(-max_seq_len // BLOCK_SIZE)
         return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_seq_len, vocab_size)
 
     @torch.inference_mode()
@@ -163,16 +160,3 @@ class Engine:
 def _size_class(row: Row) -> int:
     """Decodes of one class are computed together, all as wide as the longest; 0 is a chunk, which stands alone."""
     return 0 if len(row.tokens) > 1 else max(SMALLEST_CLASS, (len(row.blocks) - 1).bit_length())
-
-
-def _blocks_that_fit(model: Transformer, wanted: int) -> int:
-    """How many KV blocks the free memory of every rank's GPU holds; as many as wanted on a CPU, whose memory is not ours to fill."""
-    device = model.embedding.device
-    if device.type != "cuda":
-        return wanted
-    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(model.embedding.itemsize) // model.shard.count
-    count = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_MEMORY) // block_bytes
-    agreed = model.shard.least(count, device)
-    if agreed < 1:
-        raise ModelError(f"the weights leave no GPU memory for a KV block of {block_bytes:,} bytes; use more GPUs or a smaller dtype")
-    return agreed

@@ -24,8 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mixtral_worker import expert_report, perplexity, ranks, startup
+from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.engine import Engine
 from mixtral_worker.expert_report import Experts
+from mixtral_worker.loading import divide_memory
 from mixtral_worker.model.config import ModelConfig, ModelError
 from mixtral_worker.model.parallel import Shard
 from mixtral_worker.perplexity import CONFIDENCE, ENOUGH_UNITS, RESAMPLES, Document, Estimate, Numbers, Outcome, Step, Window
@@ -73,6 +75,11 @@ def run(asked: Asked) -> int:
             here = stack.enter_context(ranks.join(asked.device))
         _require_same_text(windows, here)
         precisions = tuple(_short_name(startup.dtype_of(PRECISIONS.get(name, name), here.device)) for name in asked.precisions)
+        name = startup.checkpoint_name(asked.ckpt_dir)
+        blocks = perplexity.blocks_needed(windows, perplexity.together(windows, perplexity.STEP_TOKENS))
+        for precision in precisions:
+            dtype = getattr(torch, PRECISIONS[precision])
+            divide_memory(name, config, dtype, here, context=blocks * BLOCK_SIZE, slots=1, context_flag="--window")
         losses, elapsed_s, experts = [], [], None
         for precision in precisions:
             wants_experts = asked.expert_report and experts is None  # of the first precision
@@ -81,9 +88,8 @@ def run(asked: Asked) -> int:
             elapsed_s.append(elapsed)
             experts = experts or chosen
         if here.is_leader:
-            is_random = str(asked.ckpt_dir).startswith(RANDOM)
             report = Report(
-                model=str(asked.ckpt_dir) if is_random else asked.ckpt_dir.resolve().name,
+                model=name,
                 text=asked.text.name,
                 documents=len(documents),
                 as_answer_to=asked.as_answer_to,

@@ -8,12 +8,14 @@ What a plan says is plan.py's; when to send one, heartbeats included, is the loo
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from mixtral_worker.plan import PlanCodec, StepPlan
 
@@ -29,10 +31,17 @@ class Ranks:
     world: int
     device: torch.device
     control: dist.ProcessGroup | None  # None with one rank
+    # What the ranks tell one another without waiting:
+    store: Store = field(default_factory=dist.HashStore)  # type: ignore[attr-defined]
+    ranks_on_host: int = 1
 
     @property
     def is_leader(self) -> bool:
         return self.rank == 0
+
+    def add(self, name: str, number: int) -> int:
+        """Add to the sum of this name, which all ranks share; returns what it is now."""
+        return int(self.store.add(name, number))
 
     def share(self, plan: StepPlan | None, codec: PlanCodec) -> StepPlan:
         """Rank 0 gives a plan, the others give None and wait for it; all return it. Every rank needs an equal codec."""
@@ -54,18 +63,20 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     to the other ranks: this process ends with the error, its connections break, and that ends the others and the whole torchrun.
     """
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    here = _device(device, local_rank)
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here, ranks_on_host = _device(device, local_rank), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    set_threads(ranks_on_host)
     if world == 1:
         yield Ranks(0, 1, here, None)
         return
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout)
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=world, timeout=timeout)
     fairscale_groups.initialize_model_parallel(world)
     size = fairscale_groups.get_model_parallel_world_size()
     if size != world:  # fairscale clamps sizes without a word
         raise RuntimeError(f"the model-parallel group has {size} ranks; torchrun started {world}; they must be equal")
-    yield Ranks(rank, world, here, dist.new_group(backend="gloo", timeout=timeout))
+    yield Ranks(rank, world, here, dist.new_group(backend="gloo", timeout=timeout), store, ranks_on_host)
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -23,7 +23,6 @@ NORMALIZATION_MODES = ("renorm", "none")
 PROMPT_FORMATS = ("auto", "instruct", "mistral")
 CKPT_DIR_HELP = "folder with the weights, or random:8x7b and the like for random ones (default: the demo model)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-DEFAULT_MAX_BATCH_SIZE = 32
 MAX_SEED = 2**63 - 1
 
 DESCRIPTION = """\
@@ -59,7 +58,7 @@ class Settings:
     api_auth_key: str
     endpoint_name: str
     name: str
-    max_batch_size: int
+    max_batch_size: int | None  # None: as many chats as memory holds
     max_seq_len: int | None  # None: what the checkpoint allows
     temperature: float  # this and the next three: terminal chat only
     top_p: float
@@ -119,7 +118,10 @@ def parser() -> argparse.ArgumentParser:
     )
     batch = flags.add_argument_group("the batch")
     batch.add_argument(
-        "--max_batch_size", type=int, default=DEFAULT_MAX_BATCH_SIZE, metavar="N", help="chats computed together (default: %(default)s)"
+        "--max_batch_size",
+        type=int,
+        metavar="N",
+        help="chats computed together (default: as many of typical length as memory holds, at most 256, on a CPU 32)",
     )
     batch.add_argument("--max_seq_len", type=int, metavar="N", help="tokens of a chat with its answer (default: what the model allows)")
     batch.add_argument(
@@ -198,7 +200,7 @@ def _tp_size(tp_size: int | None, ep_size: int, world: int) -> int:
 
 def _check_numbers(given: argparse.Namespace) -> None:
     rules = (
-        ("max_batch_size", 1 <= given.max_batch_size <= 4096, "from 1 to 4096 chats"),
+        ("max_batch_size", given.max_batch_size is None or 1 <= given.max_batch_size <= 4096, "from 1 to 4096 chats"),
         ("max_seq_len", given.max_seq_len is None or given.max_seq_len >= 2, "at least 2 tokens: one of the prompt and one of the answer"),
         ("temperature", math.isfinite(given.temperature) and 0 <= given.temperature <= 2, "from 0 to 2"),
         ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),

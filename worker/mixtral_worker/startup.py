@@ -1,14 +1,13 @@
 """From settings to a running rank: refuse what cannot work, read this rank's share of the weights, then serve, chat or follow rank 0.
 
-Decides the order of these steps, and how long a context and how large a KV cache this worker has. Every rank comes to the same refusals
-before any of them meets the others, so that none is left waiting.
+Decides the order of these steps, and how long a context this worker has. Every rank comes to the same refusals, most of them before it
+meets the others, so that none is left waiting.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import secrets
 import time
 from contextlib import ExitStack, redirect_stdout
@@ -24,22 +23,20 @@ from mixtral_worker.blocks import BLOCK_SIZE, BlockPool
 from mixtral_worker.engine import Engine
 from mixtral_worker.link import Link
 from mixtral_worker.link import LinkRefused as LinkRefused
+from mixtral_worker.loading import divide_memory, progress_over_ranks
 from mixtral_worker.loop import Batch, Crew, run_follower, run_leader
 from mixtral_worker.model.config import ModelConfig, ModelError
-from mixtral_worker.model.parallel import Shard
 from mixtral_worker.plan import PlanCodec
 from mixtral_worker.prompt import PromptRefused, resolve_format
 from mixtral_worker.ranks import Ranks
 from mixtral_worker.scheduler import PREFILL_CHUNK, Scheduler
-from mixtral_worker.settings import Settings, SettingsRefused
+from mixtral_worker.settings import RANDOM, Settings, SettingsRefused
 from mixtral_worker.telemetry import LOG, line
 from mixtral_worker.terminal import Manner, TerminalChat
 from mixtral_worker.tokenizer import Tokenizer, TokenizerError
 from mixtral_worker.watchdog import Signals, Watchdog
 
 REFUSALS = (SettingsRefused, ModelError, TokenizerError, PromptRefused)
-KV_SHARE_OF_FREE_MEMORY = 0.5  # of a CPU's, which others use too
-PROGRESS_EVERY_S = 2.0
 
 
 def run(settings: Settings, signals: Signals) -> int:
@@ -52,15 +49,15 @@ def run(settings: Settings, signals: Signals) -> int:
     with ExitStack() as stack:
         with redirect_stdout(io.StringIO()):  # fairscale prints, and stdout is the answer's
             here = stack.enter_context(ranks.join(settings.device))
-        engine = _load(settings, config, here, max_seq_len, tokenizer.vocab_size)
-        codec = PlanCodec(settings.max_batch_size, max_seq_len, PREFILL_CHUNK + settings.max_batch_size, BLOCK_SIZE)
+        engine, max_slots = _load(settings, config, here, max_seq_len, tokenizer.vocab_size)
+        codec = PlanCodec(max_slots, max_seq_len, PREFILL_CHUNK + max_slots, BLOCK_SIZE)
         watchdog = Watchdog(here.rank, settings.step_timeout_s)
         watchdog.start()
         signals.serve(watchdog)
         if not here.is_leader:
             run_follower(engine, here, codec, watchdog)
             return 0
-        scheduler = Scheduler(settings.max_batch_size, BlockPool(engine.num_blocks), max_seq_len)
+        scheduler = Scheduler(max_slots, BlockPool(engine.num_blocks), max_seq_len)
         batch, crew = Batch(scheduler, tokenizer, prompt_format), Crew(engine, here, codec, watchdog)
         return _serve(settings, signals, batch, crew, engine) if settings.api_server else _chat(settings, signals, batch, crew)
 
@@ -71,9 +68,9 @@ def _serve(settings: Settings, signals: Signals, batch: Batch, crew: Crew, engin
         name=settings.name,
         protocol=PROTOCOL_VERSION,
         version=version("mixtral-chat"),
-        model=settings.ckpt_dir.resolve().name,
+        model=checkpoint_name(settings.ckpt_dir),
         device=_device_name(engine.device),
-        max_slots=settings.max_batch_size,
+        max_slots=batch.scheduler.max_slots,
         max_seq_len=engine.max_seq_len,
     )
     LOG.info(line("ready", endpoint=settings.endpoint_name, slots=login.max_slots, max_seq_len=login.max_seq_len, device=login.device))
@@ -101,6 +98,10 @@ def _max_seq_len(settings: Settings, allowed: int) -> int:
     return settings.max_seq_len or allowed
 
 
+def checkpoint_name(ckpt_dir: Path) -> str:
+    return str(ckpt_dir) if str(ckpt_dir).startswith(RANDOM) else ckpt_dir.resolve().name
+
+
 def declared_format(ckpt_dir: Path) -> str | None:
     """The prompt format that the checkpoint's folder names; only params.json can."""
     path = ckpt_dir / "params.json"
@@ -115,77 +116,46 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int, vocab_size: int) -> Engine:
-    """Weights and KV cache of this rank, with progress in the log."""
-    began_s = told_s = time.monotonic()
-
-    def progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told_s
-        if time.monotonic() - told_s >= PROGRESS_EVERY_S and done_bytes < total_bytes:
-            told_s = time.monotonic()
-            LOG.info(line("loading", read_mb=done_bytes >> 20, of_mb=total_bytes >> 20, percent=100 * done_bytes // total_bytes))
-
+def _load(settings: Settings, config: ModelConfig, here: Ranks, max_seq_len: int, vocab_size: int) -> tuple[Engine, int]:
+    """Weights and KV cache of this rank, and how many chats run together."""
+    began_s = time.monotonic()
     dtype = dtype_of(settings.dtype, here.device)
-    engine = Engine.load(
-        settings.ckpt_dir,
-        config=config,
-        ep_size=settings.ep_size,
-        dtype=dtype,
-        device=here.device,
-        max_slots=settings.max_batch_size,
-        max_seq_len=max_seq_len,
-        num_blocks=_num_blocks(settings, config, dtype, max_seq_len) if here.device.type == "cpu" else None,
-        vocab_size=vocab_size,
-        progress=progress,
-    )
+    room = divide_memory(checkpoint_name(settings.ckpt_dir), config, dtype, here, max_seq_len, settings.max_batch_size)
+    with progress_over_ranks(here) as progress:
+        engine = Engine.load(
+            settings.ckpt_dir,
+            config=config,
+            ep_size=settings.ep_size,
+            dtype=dtype,
+            device=here.device,
+            max_slots=room.max_slots,
+            max_seq_len=max_seq_len,
+            num_blocks=room.kv_tokens // BLOCK_SIZE,
+            vocab_size=vocab_size,
+            progress=progress,
+        )
     weights_bytes = sum(weight.nbytes for weight in engine.model.parameters())
     if here.device.type == "cpu":
         ranks.keep_small_model_to_one_thread(weights_bytes)
-    kv_mb = engine.cache.store.nbytes >> 20
-    tokens = engine.num_blocks * BLOCK_SIZE
     LOG.info(
         line(
             "loaded",
-            weights_mb=weights_bytes >> 20,
-            kv_mb=kv_mb,
-            kv_tokens=tokens,
+            ranks=here.world,
+            weights_mb=weights_bytes * here.world >> 20,
+            kv_mb=engine.cache.store.nbytes * here.world >> 20,
+            kv_tokens=room.kv_tokens,
+            slots=room.max_slots,
             dtype=str(dtype).removeprefix("torch."),
             after_s=time.monotonic() - began_s,
         )
     )
-    return engine
+    return engine, room.max_slots
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _num_blocks(settings: Settings, config: ModelConfig, dtype: torch.dtype, max_seq_len: int) -> int:
-    """Room for every slot at full length, or for what half of this host's free memory holds; the same on every rank."""
-    wanted = settings.max_batch_size * -(-max_seq_len // BLOCK_SIZE)
-    block_bytes = BLOCK_SIZE * config.kv_bytes_per_token(dtype.itemsize)  # over all ranks: they share this host
-    fitting = int(_free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY) // block_bytes
-    count = Shard.current().least(max(1, min(wanted, fitting)), torch.device("cpu"))
-    if count < wanted:
-        LOG.warning(
-            line(
-                "kv_cache_cut",
-                tokens=count * BLOCK_SIZE,
-                wanted_tokens=wanted * BLOCK_SIZE,
-                then="fewer long chats fit; lower --max_batch_size",
-            )
-        )
-    return count
-
-
-def _free_memory_bytes() -> int:
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-        return next(int(row.split()[1]) for row in meminfo.splitlines() if row.startswith("MemAvailable:")) * 1024
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _device_name(device: torch.device) -> str:
