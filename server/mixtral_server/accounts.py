@@ -6,12 +6,13 @@ Decides how a key comes to be and ends. Leaves to auth.py who may do what, and t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
-from sqlalchemy import Column, Float, ForeignKey, String, Table, func, insert, select, update
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, String, Table, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mixtral_server.apikeys import SCOPES, ApiKey, Scope, hash_of, new_secret, prefix_of
+from mixtral_server.apikeys import NO_LIMITS, SCOPES, ApiKey, KeyLimits, Scope, hash_of, new_secret, prefix_of
 from mixtral_server.database import METADATA, Database
 
 USERS = Table(
@@ -34,6 +35,10 @@ KEYS = Table(
     Column("endpoints", String(1000), nullable=False),  # likewise; "" is every endpoint
     Column("created_s", Float, nullable=False),
     Column("revoked_s", Float),
+    Column("requests_per_minute", Integer),  # this and the next two: NULL is what the endpoint says, 0 is no limit
+    Column("tokens_per_minute", BigInteger),
+    Column("max_running", Integer),
+    Column("priority", Integer, nullable=False, server_default="0"),  # the best that its jobs may have
 )
 SECRETS = Table("secrets", METADATA, Column("name", String(40), primary_key=True), Column("value", String(200), nullable=False))
 
@@ -68,27 +73,51 @@ class Accounts:
                 weight=row.weight,
                 created_s=row.created_s,
                 revoked_s=row.revoked_s,
+                limits=KeyLimits(row.requests_per_minute, row.tokens_per_minute, row.max_running, row.priority),
             )
             for row in rows
         ]
 
     async def create_key(
-        self, *, user: str, name: str, scopes: Sequence[Scope], now_s: float, endpoints: Sequence[str] = (), weight: float | None = None
+        self,
+        *,
+        user: str,
+        name: str,
+        scopes: Sequence[Scope],
+        now_s: float,
+        endpoints: Sequence[str] = (),
+        weight: float | None = None,
+        limits: KeyLimits = NO_LIMITS,
     ) -> str:
         """A new key of that user, who is made when unknown. Returns the key itself: it can be read this once."""
         async with self._database.writing() as connection:
-            return await _add_key(connection, user, name, scopes, endpoints, weight, now_s)
+            return await _add_key(connection, user, name, scopes, endpoints, weight, now_s, limits)
+
+    async def set_key(self, name: str, limits: Mapping[str, int | None], weight: float | None = None) -> ApiKey:
+        """Change those of the key's limits that are named, and its user's weight when given. Raises KeyNotFound."""
+        key = await self.key(name)
+        async with self._database.writing() as connection:
+            if limits:
+                await connection.execute(update(KEYS).where(KEYS.c.id == key.id).values(**limits))
+            if weight is not None:
+                await connection.execute(update(USERS).where(USERS.c.id == key.user_id).values(weight=weight))
+        return await self.key(key.id)
 
     async def revoke_key(self, name: str, now_s: float) -> ApiKey:
         """End the key with this id, visible prefix or name. Raises KeyNotFound unless exactly one live key answers to it."""
+        key = await self.key(name)
+        async with self._database.writing() as connection:
+            await connection.execute(update(KEYS).where(KEYS.c.id == key.id).values(revoked_s=now_s))
+        return key
+
+    async def key(self, name: str) -> ApiKey:
+        """The live key with this id, visible prefix or name. Raises KeyNotFound unless exactly one answers to it."""
         found = [key for key in await self.keys() if name in (key.id, key.prefix, key.name)]
         if len(found) != 1:
             shown = ", ".join(key.id for key in found) or "none"
             raise KeyNotFound(
                 f"exactly one live key must have the id, prefix or name {name!r}; found {shown}: see `mixtral-server keys list`"
             )
-        async with self._database.writing() as connection:
-            await connection.execute(update(KEYS).where(KEYS.c.id == found[0].id).values(revoked_s=now_s))
         return found[0]
 
     async def create_first_keys(self, now_s: float) -> dict[Scope, str] | None:
@@ -116,6 +145,7 @@ async def _add_key(
     endpoints: Sequence[str],
     weight: float | None,
     now_s: float,
+    limits: KeyLimits = NO_LIMITS,
 ) -> str:
     user_id = (await connection.execute(select(USERS.c.id).where(USERS.c.name == user))).scalar_one_or_none()
     if user_id is None:
@@ -134,6 +164,7 @@ async def _add_key(
             scopes=" ".join(scopes),
             endpoints=" ".join(endpoints),
             created_s=now_s,
+            **asdict(limits),
         )
     )
     return secret

@@ -28,7 +28,7 @@ from mixtral_server.errors import (
 )
 from mixtral_server.metrics import Metrics
 from mixtral_server.routes.body import too_large
-from mixtral_server.routes.service import ALLOWANCE, IS_PREPARED, JOB_ID, REQUEST_ID, Service
+from mixtral_server.routes.service import ALLOWANCES, IS_PREPARED, JOB_ID, REQUEST_ID, Service
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("mixtral_server.access")
@@ -126,9 +126,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     request[IS_PREPARED] = True
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
-    if ALLOWANCE in request:
-        response.headers["X-RateLimit-Limit-Requests"] = str(request[ALLOWANCE].per_minute)
-        response.headers["X-RateLimit-Remaining-Requests"] = str(request[ALLOWANCE].left)
+    if allowances := request.get(ALLOWANCES):
+        response.headers.update(allowances[-1].headers())
     for name, value in HEADERS.items():
         response.headers[name] = value
     response.headers.setdefault("Cache-Control", "no-store")

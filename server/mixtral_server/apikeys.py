@@ -17,6 +17,19 @@ PREFIX_LENGTH = 11
 
 
 @dataclass(frozen=True)
+class KeyLimits:
+    """What the jobs of one key are held to, at each endpoint. None: what the endpoint says; 0: no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_running: int | None = None
+    priority: int = 0  # the smallest number, and so the best place, that its jobs may have
+
+
+NO_LIMITS = KeyLimits()
+
+
+@dataclass(frozen=True)
 class ApiKey:
     """A row of the table of keys, joined with its user. No endpoints means every endpoint."""
 
@@ -31,6 +44,7 @@ class ApiKey:
     weight: float
     created_s: float
     revoked_s: float | None = None
+    limits: KeyLimits = NO_LIMITS
 
 
 def new_secret(scope: Scope) -> str:

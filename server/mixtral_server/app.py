@@ -29,7 +29,6 @@ from mixtral_server.database import Database, DatabaseError, first_line
 from mixtral_server.door import connection_options, listen, open_door
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.history import History
-from mixtral_server.limiter import Limiter
 from mixtral_server.metrics import Metrics
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import Durability, open_redis
@@ -104,7 +103,7 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
             endpoints=endpoints,
             queue=queue,
             relay=relay,
-            auth=Auth(ring, cookie_secret, Limiter(redis), settings, time.time),
+            auth=Auth(ring, cookie_secret, settings, time.time),
             metrics=Metrics(),
             group=group,
             new_seed=lambda: secrets.randbits(63),

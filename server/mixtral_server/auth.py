@@ -1,7 +1,7 @@
 """Who is calling: a key's holder or a visitor of the page, and whether they may.
 
-Decides scopes, the keys held in memory, the visitor's cookie, where a visitor's writes may come from, and visitors' rates. Leaves the table
-of keys to accounts.py and what is asked of whom to routes/.
+Decides scopes, the keys held in memory, the visitor's cookie, where a visitor's writes may come from, whose rates a
+request is held to. Leaves the table of keys to accounts.py, what is asked of whom to routes/ and the rates' buckets to the queue.
 
 Keys live in memory as one snapshot of the table, read anew every key_refresh_s: a wrong key never reaches SQL, a revoked one is refused
 everywhere within two rounds, and while the database is away the last snapshot holds for key_stale_s.
@@ -21,9 +21,10 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from mixtral_server.apikeys import ApiKey, Scope, hash_of
-from mixtral_server.errors import LimitReached, NotAllowed, NotAuthenticated, Unavailable
-from mixtral_server.limiter import Allowance, Limiter
+from mixtral_server.apikeys import NO_LIMITS, ApiKey, KeyLimits, Scope, hash_of
+from mixtral_server.endpoints import EndpointConfig
+from mixtral_server.errors import NotAllowed, NotAuthenticated, Unavailable
+from mixtral_server.rates import Rate
 from mixtral_server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Caller:
     key_id: str | None = None
     endpoints: frozenset[str] = frozenset()
     weight: float = 1.0
+    limits: KeyLimits = NO_LIMITS
 
     @property
     def is_visitor(self) -> bool:
@@ -132,11 +134,10 @@ class KeyRing:
 
 
 class Auth:
-    def __init__(self, ring: KeyRing, cookie_secret: bytes, limiter: Limiter, settings: Settings, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, ring: KeyRing, cookie_secret: bytes, settings: Settings, wall_clock: Callable[[], float]) -> None:
         """cookie_secret: 256 bits that all replicas share; wall_clock: unix seconds."""
         self._ring = ring
         self._secret = cookie_secret
-        self._limiter = limiter
         self._settings = settings
         self._wall_clock = wall_clock
         self._trusted = [ipaddress.ip_network(part.strip(), strict=False) for part in settings.trusted_proxies.split(",") if part.strip()]
@@ -162,7 +163,7 @@ class Auth:
         key = await self._ring.find(secret.strip())
         if key is None:
             raise NotAuthenticated(f"this API key is unknown or revoked; {_KEY_HINT}")
-        return Caller(key.user_id, key.scopes, key.id, key.endpoints, key.weight)
+        return Caller(key.user_id, key.scopes, key.id, key.endpoints, key.weight, key.limits)
 
     # ---- visitors of the page
 
@@ -193,21 +194,18 @@ class Auth:
     def _sign(self, text: str) -> str:
         return hmac.new(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
-    async def admit(self, request: web.Request, caller: Caller) -> Allowance | None:
-        """Count one new job of a visitor against their rate and their address's. Raises LimitReached. Key holders are not counted."""
-        if not caller.is_visitor:
-            return None
-        address = network_of(self.address_of(request))
-        for name, what, per_minute in (
-            (f"address:{address}", "address", self._settings.address_requests_per_minute),
-            (f"visitor:{caller.owner}", "visitor", self._settings.visitor_requests_per_minute),
-        ):
-            allowance = await self._limiter.take(name, per_minute)
-            if allowance.wait_s:
-                raise LimitReached(
-                    f"this {what} may start {per_minute} chats a minute; wait {allowance.wait_s:.0f} s", retry_after_s=allowance.wait_s
-                )
-        return allowance
+    def rates(self, request: web.Request, caller: Caller, endpoint: EndpointConfig) -> tuple[Rate, ...]:
+        """The rates that a new job of the caller's counts against, the caller's own last."""
+        if caller.key_id is None:
+            address = network_of(self.address_of(request))
+            return (
+                Rate("address", address, self._settings.address_requests_per_minute),
+                Rate("visitor", caller.owner, self._settings.visitor_requests_per_minute, endpoint.tokens_per_minute),
+            )
+        of_key = caller.limits
+        requests = endpoint.requests_per_minute if of_key.requests_per_minute is None else of_key.requests_per_minute
+        tokens = endpoint.tokens_per_minute if of_key.tokens_per_minute is None else of_key.tokens_per_minute
+        return (Rate("key", caller.key_id, requests, tokens),) if requests or tokens else ()
 
     def address_of(self, request: web.Request) -> str:
         """The client's address: the peer's, or the nearest one in X-Forwarded-For that is not a trusted proxy."""

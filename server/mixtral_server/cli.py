@@ -15,10 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mixtral_server.accounts import Accounts, KeyNotFound
-from mixtral_server.apikeys import SCOPES, Scope
+from mixtral_server.apikeys import SCOPES, ApiKey, KeyLimits, Scope
 from mixtral_server.app import Started, StartError, serve
 from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
 from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoints
@@ -28,6 +28,8 @@ from mixtral_server.routes.service import Stages
 from mixtral_server.settings import ENVIRONMENT_PREFIX, SettingError, Settings, knobs, load_settings, shipped
 
 log = logging.getLogger(__name__)
+
+MOST_A_MINUTE = 10**9
 
 ABOUT = """\
 The server of Mixtral chat: takes chats over HTTP, queues them in Redis, hands them to workers, streams the answers.
@@ -40,6 +42,7 @@ examples:
   mixtral-server                                       on 127.0.0.1:7777, with a Redis and a SQLite of its own in ./data
   mixtral-server --host 0.0.0.0 --redis_url redis://queue:6379/0 --database_url postgresql+asyncpg://mixtral@db/mixtral
   mixtral-server keys create --user alice --scope client
+  mixtral-server keys set mx-c-3fQ9aZ --requests_per_minute 60 --tokens_per_minute 20000
   mixtral-server keys revoke mx-c-3fQ9aZ
 
 docs/configuration.md tells more of every setting."""
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("mixtral-chat"))
     commands = parser.add_subparsers(dest="command", metavar="{keys,migrate}", title="commands (none: serve)")
     commands.add_parser("migrate", help="bring the database's tables up to date", parents=[table], allow_abbrev=False)
-    keys = commands.add_parser("keys", help="list, create or revoke API keys", allow_abbrev=False)
+    keys = commands.add_parser("keys", help="list, create, change or revoke API keys", allow_abbrev=False)
     acts = keys.add_subparsers(dest="act", required=True)
     listing = acts.add_parser("list", help="every key by its visible prefix", parents=[table], allow_abbrev=False)
     listing.add_argument("--all", action="store_true", help="revoked keys too")
@@ -97,10 +100,46 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--name", default="", help="what you call it (the scopes)")
     create.add_argument("--scope", action="append", required=True, choices=SCOPES, help="what it may do; may be given several times")
     create.add_argument("--endpoint", action="append", default=[], help="for this endpoint alone; may be given several times")
-    create.add_argument("--weight", type=float, help="the user's share of the queue against other users' (1)")
+    _limit_flags(create)
+    change = acts.add_parser("set", help="change a key's limits, everywhere within 5 s", parents=[table], allow_abbrev=False)
+    change.add_argument("key", help="its id, its visible prefix or its name, as `keys list` shows them")
+    _limit_flags(change)
     revoke = acts.add_parser("revoke", help="end a key; every server refuses it within 5 s", parents=[table], allow_abbrev=False)
     revoke.add_argument("key", help="its id, its visible prefix or its name, as `keys list` shows them")
     return parser
+
+
+def _limit_flags(parser: argparse.ArgumentParser) -> None:
+    """The limits of a key; one that is not given stays as it is."""
+    for name, what in (
+        ("requests_per_minute", "chats it may start a minute at each endpoint"),
+        ("tokens_per_minute", "tokens, of prompts and answers, it may use a minute at each endpoint"),
+        ("max_running", "jobs of it that run at once at each endpoint; more wait"),
+    ):
+        help_text = f"{what}; 0 is no limit, `default` what the endpoint says (default)"
+        parser.add_argument(f"--{name}", type=_limit, default=argparse.SUPPRESS, metavar="N", help=help_text)
+    parser.add_argument(
+        "--priority", type=int, choices=range(10), default=argparse.SUPPRESS, help="the best its jobs may have; 0 is served first (0)"
+    )
+    parser.add_argument("--weight", type=_weight, help="its user's share of the queue against other users' (1)")
+
+
+def _limit(text: str) -> int | None:
+    if text == "default":
+        return None
+    if not (text.isdecimal() and int(text) <= MOST_A_MINUTE):
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 to {MOST_A_MINUTE:,}, or `default`; got {text!r}")
+    return int(text)
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0.001 <= weight <= 1000:  # NaN fails too
+        raise argparse.ArgumentTypeError(f"must be a number of 0.001 to 1,000; got {text!r}")
+    return weight
 
 
 def _settings_flags() -> argparse.ArgumentParser:
@@ -204,6 +243,9 @@ async def _keys(settings: Settings, flags: argparse.Namespace) -> None:
                 await _list_keys(accounts, flags.all)
             case "create":
                 await _create_key(accounts, flags)
+            case "set":
+                key = await accounts.set_key(flags.key, _limits(flags), flags.weight)
+                print(f"{key.prefix}… ({key.name} of {key.user}): {_shown(key)}; every server holds to it within 5 s")
             case "revoke":
                 key = await accounts.revoke_key(flags.key, time.time())
                 print(f"revoked {key.prefix}… ({key.name} of {key.user}); every server refuses it within 5 s")
@@ -212,13 +254,26 @@ async def _keys(settings: Settings, flags: argparse.Namespace) -> None:
 
 
 async def _list_keys(accounts: Accounts, with_revoked: bool) -> None:
-    row = "{:<17}  {:<11}  {:<20}  {:<16}  {:<20}  {:<16}  {}"
-    print(row.format("id", "prefix", "name", "user", "scopes", "created", "endpoints"))
+    row = "{:<17}  {:<11}  {:<20}  {:<16}  {:<20}  {:<16}  {:<44}  {}"
+    print(row.format("id", "prefix", "name", "user", "scopes", "created", "limits", "endpoints"))
     for key in await accounts.keys(with_revoked):
         created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_s))
         endpoints = " ".join(sorted(key.endpoints)) or "all"
         revoked = "  revoked" if key.revoked_s is not None else ""
-        print(row.format(key.id, key.prefix, key.name, key.user, " ".join(sorted(key.scopes)), created, endpoints) + revoked)
+        print(row.format(key.id, key.prefix, key.name, key.user, " ".join(sorted(key.scopes)), created, _shown(key), endpoints) + revoked)
+
+
+def _limits(flags: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: getattr(flags, name) for name in KeyLimits.__dataclass_fields__ if hasattr(flags, name)}
+
+
+def _shown(key: ApiKey) -> str:
+    """What it is held to: limits of its own, then weight."""
+    limits = key.limits
+    words = {"requests/min": limits.requests_per_minute, "tokens/min": limits.tokens_per_minute, "running": limits.max_running}
+    own = [f"{'unlimited' if number == 0 else number} {what}" for what, number in words.items() if number is not None]
+    return ", ".join([*own, *([f"priority {limits.priority}+"] if limits.priority else []), f"weight {key.weight:g}"])
 
 
 async def _create_key(accounts: Accounts, flags: argparse.Namespace) -> None:
@@ -229,6 +284,7 @@ async def _create_key(accounts: Accounts, flags: argparse.Namespace) -> None:
         scopes=scopes,
         endpoints=flags.endpoint,
         weight=flags.weight,
+        limits=KeyLimits(**_limits(flags)),
         now_s=time.time(),
     )
     print(secret)

@@ -38,6 +38,14 @@ class EndpointConfig(BaseModel):
 
     max_waiting: Annotated[int, Field(ge=1, description="waiting jobs in all; one more is answered 429")] = 10_000
     max_waiting_per_user: Annotated[int, Field(ge=1, description="waiting jobs of one user; one more is answered 429")] = 1_000
+    requests_per_minute: Annotated[int, Field(ge=0, le=10**9, description="requests of one key whose own limit is unset; 0 = no limit")] = 0
+    tokens_per_minute: Annotated[
+        int, Field(ge=0, le=10**12, description="tokens of one visitor, or of one key whose own limit is unset; 0 = no limit")
+    ] = 0
+    max_running: Annotated[
+        int,
+        Field(ge=0, le=10**9, description="jobs of one visitor, or of one key whose own limit is unset, that run at once; 0 = no limit"),
+    ] = 0
     queue_timeout_s: Annotated[float, Field(gt=0, description="a job that no worker began by then expires")] = 3600.0
     keep_s: Annotated[float, Field(ge=1, description="how long a finished job can be read, in seconds")] = 3600.0
     lease_s: Annotated[float, Field(ge=1, le=300, description="a worker silent for so long loses its jobs")] = 10.0

@@ -29,7 +29,10 @@ what was given, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mixtral_client.protocol import ErrorBody, ErrorDetail
+from mixtral_server.rates import Allowance
 
 
 class ServiceError(Exception):
@@ -109,7 +112,13 @@ class NotAllowed(ServiceError):
 
 
 class LimitReached(ServiceError):
+    """allowances: what the caller's rates still hold, for the answer's headers."""
+
     status, code, kind = 429, "rate_limit_exceeded", "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, allowances: Sequence[Allowance] = ()) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.allowances = tuple(allowances)
 
 
 class QueueFull(LimitReached):

@@ -45,6 +45,7 @@ KEYS = (
     Key(":spent:<priority>", "zset", "turn, cancel, reap", "users without waiting jobs that owe time", "10,000; gone when nobody waits"),
     Key(":load:<priority>", "hash", "turn, cancel, reap", "user → units charged for running jobs", "running jobs"),
     Key(":vclock", "hash", "turn", "priority → virtual time of the user served last", "priorities"),
+    Key(":bucket:<rate>", "hash", "put, turn, cancel, reap", "what a rate has left, and when", "keys and visitors; gone when full"),
     Key(":deadlines", "zset", "put, turn, cancel, reap", "queue-time limits of waiting jobs, ms", "max_waiting"),
     Key(":sessions", "zset", "open, turn, reap", "session → lease end, ms", "max_sessions_per_key"),
     Key(":session:<id>", "hash", "open, turn", "what a worker said of itself, its last turn", "as :sessions"),

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import orjson
 from redis.commands.core import AsyncScript
 
 from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.errors import (
     IdempotencyConflict,
     JobNotFound,
+    LimitReached,
     ModelNotFound,
     QueueFull,
     SessionLapsed,
@@ -27,6 +29,7 @@ from mixtral_server.errors import (
     Unavailable,
 )
 from mixtral_server.keys import Shard, shard_of
+from mixtral_server.rates import Allowance, Rate
 from mixtral_server.records import (
     TERMINAL_STATES,
     DeadLetter,
@@ -37,6 +40,7 @@ from mixtral_server.records import (
     Put,
     Reaped,
     Snapshot,
+    allowance_of,
     estimated_prompt_tokens,
     finished_job_of,
     frame_args,
@@ -131,23 +135,26 @@ class JobQueue:
         title: str = "",
         key_id: str = "",
         max_running: int | None = None,
+        rates: Sequence[Rate] = (),
     ) -> Put:
-        """Queue a job of owner. weight is the owner's share against other users'.
+        """Queue a job of owner. weight is the owner's share against other users'. Each of rates must allow it, or none is charged.
 
         max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those above it wait, and none is refused
         for it. None: as many as come. The latest put of a key says the number for all its jobs.
 
-        Raises ModelNotFound, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full), RedisUnavailable.
+        Raises ModelNotFound, LimitReached, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full),
+        RedisUnavailable.
         """
         shard, limits = self._shard(endpoint), self._limits(endpoint)
-        reply = await self._run(
+        prompt_tokens = estimated_prompt_tokens(spec)
+        held, reply = await self._run(
             "put",
             shard,
             shard.new_id(),
             owner,
             priority,
             weight,
-            estimated_prompt_tokens(spec) + spec.max_tokens,
+            prompt_tokens + spec.max_tokens,
             spec.max_tokens,
             spec.model_dump_json(exclude_none=True),
             title[:MAX_TITLE_CHARS],
@@ -158,12 +165,21 @@ class JobQueue:
             limits.max_waiting,
             limits.max_waiting_per_user,
             limits.max_unsaved_usage,
+            orjson.dumps([(rate.bucket, rate.requests_per_minute, rate.tokens_per_minute) for rate in rates]).decode() if rates else "",
         )
+        allowances = tuple(allowance_of(rate, *left) for rate, left in zip(rates, held, strict=True))
         if reply[0] in ("created", "known"):
             place = place_of(reply[3:])
             position, eta_s = (place.position, place.eta_s) if place else (None, None)
-            return Put(reply[1], reply[2], reply[0] == "created", position, eta_s)
-        raise _refusal(endpoint, limits, reply)
+            return Put(reply[1], reply[2], reply[0] == "created", position, eta_s, allowances)
+        if reply[0] == "limited":
+            refusing = allowances[reply[1]]
+            raise LimitReached(
+                refusing.refusal(endpoint, prompt_tokens, spec.max_tokens),
+                retry_after_s=refusing.wait_s(prompt_tokens + spec.max_tokens),
+                allowances=allowances,
+            )
+        raise _refusal(endpoint, limits, reply, allowances)
 
     async def read(self, job_id: str, after: int = 0) -> Snapshot:
         """Record and log entries that reach beyond offset after, in one step. Raises JobNotFound, RedisUnavailable."""
@@ -343,7 +359,7 @@ def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any]) -> Exception:
+def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowances: Sequence[Allowance]) -> Exception:
     why = reply[0]
     if why == "conflict":
         return IdempotencyConflict("this Idempotency-Key came before with another body; send the same body again, or a new key")
@@ -359,7 +375,7 @@ def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any]) -> Except
         sentence = f"{reply[1]:,} jobs wait for {endpoint}, {limits.max_waiting:,} at most"
     else:
         sentence = f"you have {reply[1]:,} jobs waiting for {endpoint}, {limits.max_waiting_per_user:,} at most"
-    return QueueFull(f"{sentence}; try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s)
+    return QueueFull(f"{sentence}; try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s, allowances=allowances)
 
 
 def _job_not_found(job_id: str) -> JobNotFound:

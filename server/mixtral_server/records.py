@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from mixtral_client.protocol import ErrorDetail, Finish, Frame, FrameError, JobSpec, JobState, Timings, Usage, WorkerJob
+from mixtral_server.rates import Allowance, Rate
 
 TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
 
@@ -40,13 +41,14 @@ MAX_TOKEN_TEXT_BYTES = 256
 
 @dataclass(frozen=True)
 class Put:
-    """A queued job, or the one that the idempotency key named already (created is False then)."""
+    """A queued job, or the one that the idempotency key named already (created is False then). allowances: what its rates still hold."""
 
     job_id: str
     state: JobState
     created: bool
     position: int | None = None
     eta_s: float | None = None
+    allowances: tuple[Allowance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,10 @@ def estimated_prompt_tokens(spec: JobSpec) -> int:
         return sum(len(message.content.encode()) // 4 + 8 for message in spec.messages)
     prompt = spec.prompt or ""
     return len(prompt.encode()) // 4 + 1 if isinstance(prompt, str) else len(prompt)
+
+
+def allowance_of(rate: Rate, requests: str, tokens: str) -> Allowance:
+    return Allowance(rate, float(requests) if requests else None, float(tokens) if tokens else None)
 
 
 def place_of(reply: Sequence[Any]) -> Place | None:

@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection
 
 import mixtral_server.history  # noqa: F401 - its tables are part of the schema
 from mixtral_server.accounts import Accounts, KeyNotFound
-from mixtral_server.apikeys import SCOPES, hash_of, new_secret, prefix_of
-from mixtral_server.database import METADATA, Database, SchemaError
+from mixtral_server.apikeys import NO_LIMITS, SCOPES, KeyLimits, hash_of, new_secret, prefix_of
+from mixtral_server.database import METADATA, Database, SchemaError, _config
+
+HEAD = "0002"
 
 
 @pytest.fixture
@@ -116,8 +120,8 @@ async def test_migrations_run_once_however_many_servers_start_at_once(database_u
     ran = await asyncio.gather(*(one.migrate() for one in databases))
     for one in databases:
         await one.close()
-    assert sorted(ran, key=str)[-1] == (None, "0001")
-    assert ran.count(("0001", "0001")) == 5
+    assert sorted(ran, key=str)[-1] == (None, HEAD)
+    assert ran.count((HEAD, HEAD)) == 5
 
 
 def test_migrations_of_processes_that_start_at_once_all_succeed(tmp_path: Path) -> None:
@@ -143,7 +147,7 @@ async def test_shared_database_is_migrated_by_an_operator_only(database_url: str
         if database.is_sqlite:
             await database.make_ready()
         else:
-            with pytest.raises(SchemaError, match=r"revision none and this server needs 0001; run once: mixtral-server migrate"):
+            with pytest.raises(SchemaError, match=rf"revision none and this server needs {HEAD}; run once: mixtral-server migrate"):
                 await database.make_ready()
             await database.migrate()
             await database.make_ready()
@@ -166,3 +170,37 @@ async def test_sqlite_files_are_their_owners_alone(tmp_path: Path) -> None:
 
 def modes_in(folder: Path) -> dict[str, int]:
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+async def test_keys_of_an_older_database_have_no_limits_after_its_migration(database_url: str) -> None:
+    database = Database(database_url)
+    try:
+        async with database.writing() as connection:
+            await connection.run_sync(lambda sync: migrate_to("0001", sync))
+            await connection.exec_driver_sql("INSERT INTO users VALUES ('u1', 'alice', 1, 1)")
+            await connection.exec_driver_sql(
+                "INSERT INTO keys (id, user_id, name, prefix, sha256, scopes, endpoints, created_s) "
+                "VALUES ('k1', 'u1', 'laptop', 'mx-c-123456', 'x', 'client', '', 1)"
+            )
+        assert await database.migrate() == ("0001", HEAD)
+        (key,) = await Accounts(database).keys()
+        assert key.limits == NO_LIMITS
+    finally:
+        await database.close()
+
+
+def migrate_to(revision: str, connection: Connection) -> None:
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+async def test_limits_are_kept_changed_one_by_one_and_unset(accounts: Accounts) -> None:
+    await accounts.create_key(user="alice", name="laptop", scopes=["client"], now_s=1.0, limits=KeyLimits(60, 20_000_000_000, 4, 2))
+    (key,) = await accounts.keys()
+    assert key.limits == KeyLimits(60, 20_000_000_000, 4, 2)
+    changed = await accounts.set_key("laptop", {"tokens_per_minute": 0, "max_running": None}, weight=2.5)
+    assert (changed.limits, changed.weight) == (KeyLimits(60, 0, None, 2), 2.5)
+    assert await accounts.keys() == [changed]
+    with pytest.raises(KeyNotFound, match="'unknown'; found none"):
+        await accounts.set_key("unknown", {"max_running": 1})

@@ -221,12 +221,35 @@ def test_log_is_one_line_of_words_for_each_request(tmp_path: Path) -> None:
 
 def test_keys_are_made_listed_and_revoked(run: Callable[..., Ended], tmp_path: Path) -> None:
     data = ("--data_dir", str(tmp_path))
-    made = run("keys", "create", "--user", "alice", "--scope", "client", "--scope", "worker", "--name", "laptop", *data)
+    made = run(
+        "keys",
+        "create",
+        "--user",
+        "alice",
+        "--scope",
+        "client",
+        "--scope",
+        "worker",
+        "--name",
+        "laptop",
+        *data,
+        "--requests_per_minute",
+        "60",
+    )
     key = made.stdout.strip()
     assert (made.returncode, key.startswith("mx-c-"), len(key)) == (0, True, 48)
     listed = run("keys", "list", *data).stdout
-    assert re.search(rf"^k\w+ +{re.escape(key[:11])} +laptop +alice +client worker +[\d-]+ [\d:]+ +all$", listed, re.M)
+    assert re.search(
+        rf"^k\w+ +{re.escape(key[:11])} +laptop +alice +client worker +[\d-]+ [\d:]+ +60 requests/min, weight 1 +all$", listed, re.M
+    )
     assert key not in listed
+    changed = run("keys", "set", "laptop", "--requests_per_minute", "default", "--tokens_per_minute", "0", "--weight", "2.5", *data)
+    limits = "unlimited tokens/min, weight 2.5"
+    assert (changed.returncode, changed.stdout.strip()) == (
+        0,
+        f"{key[:11]}… (laptop of alice): {limits}; every server holds to it within 5 s",
+    )
+    assert re.search(rf"laptop .* {limits} +all$", run("keys", "list", *data).stdout, re.M)
     revoked = run("keys", "revoke", key[:11], *data)
     assert (revoked.returncode, revoked.stdout.strip()) == (0, f"revoked {key[:11]}… (laptop of alice); every server refuses it within 5 s")
     assert "laptop" not in run("keys", "list", *data).stdout
@@ -235,9 +258,26 @@ def test_keys_are_made_listed_and_revoked(run: Callable[..., Ended], tmp_path: P
     assert (again.returncode, "found none" in again.stderr) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tokens_per_minute", "-1"], "must be a whole number of 0 to 1,000,000,000, or `default`; got '-1'"),
+        (["--requests_per_minute", "many"], "must be a whole number of 0 to 1,000,000,000, or `default`; got 'many'"),
+        (["--max_running", "1e3"], "must be a whole number of 0 to 1,000,000,000, or `default`; got '1e3'"),
+        (["--weight", "nan"], "must be a number of 0.001 to 1,000; got 'nan'"),
+        (["--weight", "0"], "must be a number of 0.001 to 1,000; got '0'"),
+        (["--priority", "10"], "invalid choice: 10"),
+    ],
+)
+def test_wrong_limit_of_a_key_ends_with_code_2_and_changes_nothing(run: Callable[..., Ended], words: list[str], sentence: str) -> None:
+    for act in (["set", "laptop"], ["create", "--scope", "client"]):
+        ended = run("keys", *act, *words)
+        assert (ended.returncode, sentence in ended.stderr) == (2, True), ended.stderr
+
+
 def test_migrate_says_what_it_did(run: Callable[..., Ended], tmp_path: Path) -> None:
-    assert run("migrate", "--data_dir", str(tmp_path)).stdout.strip() == "database at revision 0001, from empty"
-    assert run("migrate", "--data_dir", str(tmp_path)).stdout.strip() == "database at revision 0001, as before"
+    assert run("migrate", "--data_dir", str(tmp_path)).stdout.strip() == "database at revision 0002, from empty"
+    assert run("migrate", "--data_dir", str(tmp_path)).stdout.strip() == "database at revision 0002, as before"
 
 
 def test_keys_env_replaces_an_older_one_and_is_never_open_to_others(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mixtral_server.errors import (
 )
 from mixtral_server.keys import KEYS, Shard, key_kind
 from mixtral_server.queue import FORMAT, JobQueue, QueueLimits
+from mixtral_server.rates import Rate
 from mixtral_server.records import CALLER_ERRORS
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, connect, redis_binary
@@ -875,6 +876,9 @@ async def test_depth_counts_what_is_there(bench: Bench) -> None:
     assert depth.ended == {"done": 0, "failed": 0, "cancelled": 1, "expired": 0, "dead": 0}
 
 
+RATE = Rate("key", "k", 10, 1_000)
+
+
 async def test_every_key_is_in_the_table_and_ends_or_is_bounded(bench: Bench) -> None:
     """A life with every script in it; afterwards nothing remains that grows with the jobs that were."""
     seen: dict[str, str] = {}
@@ -885,7 +889,7 @@ async def test_every_key_is_in_the_table_and_ends_or_is_bounded(bench: Bench) ->
         return keys
 
     for number in range(8):
-        await bench.put(f"user {number % 3}}}:", priority=number % 2, queue_timeout_s=50, idempotency_key=f"k{number}")
+        await bench.put(f"user {number % 3}}}:", priority=number % 2, queue_timeout_s=50, idempotency_key=f"k{number}", rates=[RATE])
     await look()
     for _ in range(2):
         await kill_holders(bench, room=2)

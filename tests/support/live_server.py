@@ -14,7 +14,7 @@ from typing import TypeVar
 import aiohttp
 
 from mixtral_server.accounts import Accounts
-from mixtral_server.apikeys import Scope, prefix_of
+from mixtral_server.apikeys import NO_LIMITS, KeyLimits, Scope, prefix_of
 from mixtral_server.app import Started, serve
 from mixtral_server.database import Database
 from mixtral_server.endpoints import EndpointConfig
@@ -77,11 +77,17 @@ class LiveServer:
         """A client with the client key and the server's address."""
         return aiohttp.ClientSession(self.url, headers={"Authorization": f"Bearer {self.client_key}"})
 
-    async def new_key(self, *scopes: Scope, user: str = "someone", endpoints: Sequence[str] = ()) -> str:
+    async def new_key(self, *scopes: Scope, user: str = "someone", endpoints: Sequence[str] = (), limits: KeyLimits = NO_LIMITS) -> str:
         """As `mixtral-server keys create` makes it."""
         return await self._with_accounts(
-            lambda accounts: accounts.create_key(user=user, name=f"{user}'s", scopes=scopes, endpoints=endpoints, now_s=time.time())
+            lambda accounts: accounts.create_key(
+                user=user, name=f"{user}'s", scopes=scopes, endpoints=endpoints, limits=limits, now_s=time.time()
+            )
         )
+
+    async def set_key(self, key: str, **limits: int | None) -> None:
+        """As `mixtral-server keys set` does it."""
+        await self._with_accounts(lambda accounts: accounts.set_key(prefix_of(key), limits))
 
     async def revoke_key(self, key: str) -> None:
         """As `mixtral-server keys revoke` does it."""

@@ -35,9 +35,9 @@ end
 
 local JOB_FIELDS = {
   'state', 'owner', 'prio', 'weight', 'arrival', 'estimate', 'deaths', 'n', 'base', 'cost', 'session', 'idem', 'ttl',
-  'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt',
+  'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt', 'rates', 'charged',
 }
-local JOB_NUMBERS = {'weight', 'arrival', 'estimate', 'deaths', 'n', 'base', 'cost', 'ttl', 'prompt_tokens', 'attempt'}
+local JOB_NUMBERS = {'weight', 'arrival', 'estimate', 'deaths', 'n', 'base', 'cost', 'ttl', 'prompt_tokens', 'attempt', 'charged'}
 
 -- The job's record without its request, or nil.
 local function load_job(id)
@@ -169,6 +169,51 @@ local function count_finish()
   call('HSET', t .. ':rate', 'value', value, 'at', now)
 end
 
+-- ---------------------------------------------------------------------------------------- rates
+-- A rate is JSON: {name, requests a minute, tokens a minute}, 0 for no limit. Its two buckets hold a minute's worth at most and fill
+-- evenly; a full one is not stored. A job is charged when it is put, its tokens by estimate, and what it really took is known at its end:
+-- the rest goes back, or what it took beyond that becomes a debt.
+
+local BUCKETS = {'requests', 'tokens'}
+
+local function bucket_key(rate) return t .. ':bucket:' .. rate[1] end
+
+-- What the rate's buckets hold now; nothing where there is no limit.
+local function look_into(rate)
+  local kept, left = call('HMGET', bucket_key(rate), 'requests', 'tokens', 'at'), {}
+  for i, name in ipairs(BUCKETS) do
+    local size = rate[i + 1]
+    if size > 0 then left[name] = math.min(size, (kept[i] or size) + math.max(0, now - (kept[3] or now)) * size / 60000) end
+  end
+  return left
+end
+
+local function pour(rate, left, requests, tokens)
+  local fields, full_ms = {'at', now}, 0
+  local more = {requests = requests, tokens = tokens}
+  for i, name in ipairs(BUCKETS) do
+    local size = rate[i + 1]
+    if left[name] then
+      left[name] = math.min(size, left[name] + more[name])
+      full_ms = math.max(full_ms, math.ceil((size - left[name]) * 60000 / size))
+      fields[#fields + 1], fields[#fields + 2] = name, string.format('%.6f', left[name])
+    end
+  end
+  call('DEL', bucket_key(rate))
+  if full_ms > 0 then
+    call('HSET', bucket_key(rate), unpack(fields))
+    call('PEXPIRE', bucket_key(rate), full_ms)
+  end
+end
+
+-- The job ends in this state. One that no worker ever had gives back all its tokens, and its request too if nobody began it in time: a
+-- caller who cancels has asked all the same.
+local function settle_rates(job, state)
+  local took = job.attempt > 0 and job.n + job.prompt_tokens or 0
+  local request = job.attempt == 0 and state == 'expired' and 1 or 0
+  for _, rate in ipairs(cjson.decode(job.rates)) do pour(rate, look_into(rate), request, job.charged - took) end
+end
+
 -- ---------------------------------------------------------------------------------------- a job's life
 
 local function count_waiting(key, field, by)
@@ -199,6 +244,7 @@ local function finish(job, state, word, detail)
     settle(job)
     count_finish()
   end
+  if job.rates then settle_rates(job, state) end
   call('ZREM', t .. ':deadlines', job.id)
   call('HSET', job_key(job.id), 'state', state, 'finish', word, 'error', detail or '', 'ended', now)
   call('XADD', log_key(job.id), job.n .. '-1', 'end', state)

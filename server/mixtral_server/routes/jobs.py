@@ -34,7 +34,7 @@ async def put_job(service: Service, request: web.Request, caller: Caller) -> web
         endpoint,
         spec,
         fingerprint(request.path, wanted),
-        priority=wanted.priority,
+        priority=wanted.priority if "priority" in wanted.model_fields_set else None,
         queue_timeout_s=wanted.queue_timeout_s,
     )
     accepted = JobAccepted(id=put.job_id, model=endpoint.name, state=put.state, position=put.position)

@@ -18,10 +18,19 @@ from mixtral_client.protocol import JobSpec
 from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, Caller
 from mixtral_server.endpoints import EndpointConfig
-from mixtral_server.errors import JobNotFound, ModelNotFound, NotAllowed, RedisUnavailable, RequestRefused, ServiceError, Unavailable
-from mixtral_server.limiter import Allowance
+from mixtral_server.errors import (
+    JobNotFound,
+    LimitReached,
+    ModelNotFound,
+    NotAllowed,
+    RedisUnavailable,
+    RequestRefused,
+    ServiceError,
+    Unavailable,
+)
 from mixtral_server.metrics import Metrics
 from mixtral_server.queue import JobQueue
+from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
 from mixtral_server.relay import Relay
 from mixtral_server.routes.following import Following
@@ -33,7 +42,7 @@ MAX_IDEMPOTENCY_KEY = 255
 
 REQUEST_ID = web.RequestKey("request_id", str)
 JOB_ID = web.RequestKey("job_id", str)  # for the access log
-ALLOWANCE = web.RequestKey("allowance", Allowance)  # what a visitor's rate still allows
+ALLOWANCES: web.RequestKey[tuple[Allowance, ...]] = web.RequestKey("allowances", tuple)  # what the caller's rates still hold
 IS_PREPARED = web.RequestKey("is_prepared", bool)  # the answer's head is out
 
 
@@ -83,25 +92,30 @@ class Service:
         spec: JobSpec,
         body_hash: str,
         *,
-        priority: int = 0,
+        priority: int | None = None,
         queue_timeout_s: float | None = None,
     ) -> Put:
         """Queue a job for the caller. A caller that leaves while Redis is being asked leaves no job behind.
 
-        Raises what JobQueue.put raises, LimitReached for a visitor, Unavailable while the server is stopping.
+        priority: None takes the best that the caller may have. Raises what JobQueue.put raises, NotAllowed for a better one, Unavailable
+        while the server is stopping.
         """
         self.refuse_while_draining()
         key = idempotency_key(request)
-        allowance = await self.auth.admit(request, caller)
-        if allowance is not None:
-            request[ALLOWANCE] = allowance
+        best = caller.limits.priority
+        if priority is not None and priority < best:
+            raise NotAllowed(f"jobs of this key may have priority {best} to 9; got {priority}", param="priority")
+        running = endpoint.max_running if caller.limits.max_running is None else caller.limits.max_running
         putting = asyncio.create_task(
             self.queue.put(
                 endpoint.name,
                 caller.owner,
                 spec,
-                priority=priority,
+                priority=best if priority is None else priority,
                 weight=caller.weight,
+                rates=self.auth.rates(request, caller, endpoint),
+                key_id=caller.key_id or caller.owner,
+                max_running=running or None,
                 idempotency_key=key,
                 body_hash=body_hash,
                 queue_timeout_s=endpoint.queue_timeout_s if queue_timeout_s is None else queue_timeout_s,
@@ -112,7 +126,11 @@ class Service:
         except asyncio.CancelledError:
             self.group.create_task(self._abandon_when_put(putting, is_keyed=key is not None))
             raise
+        except LimitReached as error:
+            request[ALLOWANCES] = error.allowances
+            raise
         request[JOB_ID] = put.job_id
+        request[ALLOWANCES] = put.allowances
         if put.created:
             self.metrics.jobs_put.labels(endpoint.name).inc()
         return put
