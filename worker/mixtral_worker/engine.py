@@ -70,8 +70,21 @@ class Engine:
     def step(self, plan: StepPlan) -> list[int]:
         """Run one forward pass. Returns one id per row that samples, in the plan's order; -1 where the logits are not finite.
 
-        Ranks other than 0 return an empty list.
+        Ranks other than 0 return an empty list. Raises MemoryError where this rank has no room for it; the same rows may be given again.
         """
+        try:
+            return self._step(plan)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Out here the step's tensors are gone with its traceback.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a collective that another rank has not joined hangs here, not in a later step
+            torch.cuda.empty_cache()
+        raise MemoryError(reason)
+
+    def _step(self, plan: StepPlan) -> list[int]:
         logits = self.logits(plan)
         sampling = [row for row in plan.rows if row.samples]
         if self.model.shard.index or not sampling:
@@ -160,3 +173,8 @@ class Engine:
 def _size_class(row: Row) -> int:
     """Decodes of one class are computed together, all as wide as the longest; 0 is a chunk, which stands alone."""
     return 0 if len(row.tokens) > 1 else max(SMALLEST_CLASS, (len(row.blocks) - 1).bit_length())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """A GPU says it by a class, a CPU's allocator by its words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -92,6 +92,15 @@ class Batch:
         self._tokens_total += len(news)
         return [self._piece(self._answers[sequence.job_id], next_id) for sequence, next_id in news]
 
+    def give_up_largest(self, plan: StepPlan, reason: str) -> list[Piece]:
+        """A step found no memory: the job that asked for most of it fails, newcomers first, so that the others go on."""
+        row = max(plan.rows, key=lambda row: (len(row.tokens) > 1, len(row.tokens) * row.end))
+        sequence = next(one for one in self.scheduler.running if one.slot == row.slot)
+        answer = self._answers[sequence.job_id]
+        self._forget(answer)
+        sentence = f"this worker's memory holds no chat of {row.end:,} tokens beside those that run ({reason}); shorten it, or ask again"
+        return [self._failed(answer.job, len(sequence.prompt_ids), "out_of_memory", sentence)]
+
     def telemetry(self) -> Telemetry:
         scheduler, now_s = self.scheduler, self._clock()
         return Telemetry(
@@ -215,9 +224,14 @@ class Crew:
         self._shared_s = 0.0
 
     def step(self, plan: StepPlan) -> list[int]:
+        """Raises MemoryError where no rank had room for it; where only some had, no rank can go on, and all end."""
         self._step = plan.step
         self._share(plan)
-        return self._engine.step(plan)
+        try:
+            return self._engine.step(plan)
+        except MemoryError:
+            self._ranks.meet()
+            raise
 
     def idle(self) -> None:
         """Call at least every second while there is no step: the other ranks wait for a plan, the watchdog for a sign of life."""
@@ -232,6 +246,15 @@ class Crew:
         self._watchdog.beat(self._step)
         self._ranks.share(plan, self._codec)
         self._shared_s = time.monotonic()
+
+
+def advance(batch: Batch, crew: Crew, plan: StepPlan) -> list[Piece]:
+    """One step of all ranks, and what came of it."""
+    try:
+        next_ids = crew.step(plan)
+    except MemoryError as error:
+        return batch.give_up_largest(plan, str(error))
+    return batch.record(plan, next_ids)
 
 
 def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[], signal.Signals | None]) -> None:
@@ -268,7 +291,7 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
             crew.idle()
             link.telemetry, summary_due_s = batch.telemetry(), now_s + SUMMARY_EVERY_S
             continue
-        link.report(batch.record(plan, crew.step(plan)))
+        link.report(advance(batch, crew, plan))
         link.telemetry = batch.telemetry()
         if now_s >= summary_due_s:
             summary_due_s = now_s + SUMMARY_EVERY_S
@@ -287,4 +310,7 @@ def run_follower(engine: Engine, ranks: Ranks, codec: PlanCodec, watchdog: Watch
         if plan.kind == Kind.STOP:
             return
         if plan.kind == Kind.STEP:
-            engine.step(plan)
+            try:
+                engine.step(plan)
+            except MemoryError:
+                ranks.meet()

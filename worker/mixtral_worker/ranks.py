@@ -22,6 +22,8 @@ from mixtral_worker.plan import PlanCodec, StepPlan
 SMALL_MODEL_BYTES = 64 * 2**20
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for the others gives up; heartbeats come far more often
 
+MEET_TIMEOUT_S = 5.0
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -53,6 +55,13 @@ class Ranks:
         buffer = torch.from_numpy(codec.pack(plan)) if plan else torch.empty(codec.size, dtype=torch.int32)
         dist.broadcast(buffer, src=0, group=self.control)
         return plan or codec.unpack(buffer.numpy())
+
+    def meet(self) -> None:
+        """Return once every rank has left its step and come here. Raises RuntimeError when one does not: it waits in a collective."""
+        if self.control is not None:
+            arrived = dist.barrier(self.control, async_op=True)
+            assert arrived is not None
+            arrived.wait(timedelta(seconds=MEET_TIMEOUT_S))
 
 
 @contextmanager

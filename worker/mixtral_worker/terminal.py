@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixtral_client.protocol import ChatMessage, FrameError, JobSpec, Sampling, WorkerJob
-from mixtral_worker.loop import Batch, Crew
+from mixtral_worker.loop import Batch, Crew, advance
 from mixtral_worker.telemetry import LOG
 
 LOOK_AWAY_S = 0.25
@@ -167,7 +167,7 @@ class TerminalChat:
             plan = self._batch.plan_step()
             if plan is None:
                 raise RuntimeError(f"job {job.id} is in the batch and the scheduler has no step for it")
-            pieces = self._batch.record(plan, self._crew.step(plan))
+            pieces = advance(self._batch, self._crew, plan)
 
     # ------------------------------------------------------------------ keyboard and screen
 
