@@ -1,16 +1,15 @@
-"""When chats are sent: a closed loop (so many at once) or an open one (so many a second), and what became of each.
+"""Sending: a closed loop (so many talks at once) or an open one (each at its moment), and what became of each chat.
 
-Decides the moment of every send, the deadline of every chat and the code word of a failure that never reached a wire. Leaves
-the talking to wires.py and the figures to measure.py.
+Decides when the next chat goes out, the deadline of every chat and the code word of a failure that never reached a wire. Leaves
+the moments to arrivals.py, what is said to prompts.py, the talking to wires.py and the figures to measure.py.
 
-A closed loop sends a chat when one before it ended, so a slow server is asked less. An open loop sends by its plan whatever the
-server does; a late send counts from the moment planned (no coordinated omission).
+A closed loop begins a talk when one before it ended, so a slow server is asked less. An open loop sends by its plan whatever the
+server does; a late send counts from the moment planned (no coordinated omission). Later turns of a talk follow its answers in both.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Protocol
 import aiohttp
 
 from mixtral_benchmark.measure import Chat, Failure
-from mixtral_benchmark.prompts import Ask
+from mixtral_benchmark.prompts import Ask, Talk
 from mixtral_benchmark.wires import ChatFailed, Wire
 from mixtral_client.errors import MixtralError
 
@@ -53,19 +52,12 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """concurrency None: no cap (open loop only). rate_per_s None: closed loop."""
+    """concurrency None: no cap (open loop only). moments_s, one per talk from the start of the run on; None: closed loop."""
 
-    asks: Sequence[Ask]
+    talks: Sequence[Talk]
     concurrency: int | None
-    rate_per_s: float | None
-    arrival_seed: int
+    moments_s: Sequence[float] | None
     timeout_s: float
-
-
-def poisson_arrivals_s(count: int, rate_per_s: float, seed: int) -> list[float]:
-    """Moments of a Poisson process of this rate, the first at 0. The same seed gives the same moments."""
-    gaps = random.Random(seed)
-    return list(accumulate((gaps.expovariate(rate_per_s) for _ in range(count - 1)), initial=0.0))
 
 
 class Load:
@@ -79,35 +71,57 @@ class Load:
     async def run(self) -> None:
         self.started_s = self._clock.now()
         try:
-            await (self._closed_loop() if self._plan.rate_per_s is None else self._open_loop(self._plan.rate_per_s))
+            await (self._closed_loop() if self._plan.moments_s is None else self._open_loop(self._plan.moments_s))
         finally:
             self.ended_s = self._clock.now()
 
+    @property
+    def unsent(self) -> int:
+        """Chats of the plan that were never sent: turns behind a failed one, and those that an interruption came before."""
+        return sum(len(talk.turns) for talk in self._plan.talks) - len(self.chats)
+
     async def _closed_loop(self) -> None:
-        asks = iter(enumerate(self._plan.asks))
+        talks = self._numbered()
         async with asyncio.TaskGroup() as lanes:
-            for _ in range(min(self._plan.concurrency or len(self._plan.asks), len(self._plan.asks))):
-                lanes.create_task(self._lane(asks))
+            for _ in range(min(self._plan.concurrency or len(self._plan.talks), len(self._plan.talks))):
+                lanes.create_task(self._lane(talks))
 
-    async def _lane(self, asks: Iterator[tuple[int, Ask]]) -> None:
-        for index, ask in asks:
-            await self._have(index, ask, scheduled_s=self._clock.now())
+    def _numbered(self) -> Iterator[tuple[int, Talk]]:
+        """Every talk with the index of its first chat."""
+        firsts = accumulate((len(talk.turns) for talk in self._plan.talks), initial=0)
+        return zip(firsts, self._plan.talks, strict=False)
 
-    async def _open_loop(self, rate_per_s: float) -> None:
-        places = asyncio.Semaphore(self._plan.concurrency or len(self._plan.asks))
-        moments_s = poisson_arrivals_s(len(self._plan.asks), rate_per_s, self._plan.arrival_seed)
+    async def _lane(self, talks: Iterator[tuple[int, Talk]]) -> None:
+        for first, talk in talks:
+            await self._talk(first, talk, self._clock.now())
+
+    async def _open_loop(self, moments_s: Sequence[float]) -> None:
+        places = asyncio.Semaphore(self._plan.concurrency or len(self._plan.talks))
         async with asyncio.TaskGroup() as running:
-            for index, (ask, moment_s) in enumerate(zip(self._plan.asks, moments_s, strict=True)):
+            for (first, talk), moment_s in zip(self._numbered(), moments_s, strict=True):
                 scheduled_s = self.started_s + moment_s
                 await self._clock.sleep_until(scheduled_s)
-                running.create_task(self._have_in_place(places, index, ask, scheduled_s))
+                running.create_task(self._talk_in_place(places, first, talk, scheduled_s))
 
-    async def _have_in_place(self, places: asyncio.Semaphore, index: int, ask: Ask, scheduled_s: float) -> None:
+    async def _talk_in_place(self, places: asyncio.Semaphore, first: int, talk: Talk, scheduled_s: float) -> None:
         async with places:
-            await self._have(index, ask, scheduled_s)
+            await self._talk(first, talk, scheduled_s)
 
-    async def _have(self, index: int, ask: Ask, scheduled_s: float) -> None:
-        chat = Chat(index, scheduled_s, sent_s=self._clock.now())
+    async def _talk(self, first: int, talk: Talk, scheduled_s: float) -> None:
+        """One turn after another, until one fails: nobody goes on with a talk that has no answer."""
+        answers: list[str] = []
+        for turn in range(len(talk.turns)):
+            if turn:
+                scheduled_s = self._clock.now() + talk.think_s
+                await self._clock.sleep_until(scheduled_s)
+            is_last = turn == len(talk.turns) - 1
+            chat = Chat(first + turn, scheduled_s, sent_s=self._clock.now(), turn=turn, texts=None if is_last else [])
+            await self._have(talk.ask(turn, answers), chat)
+            if chat.failure:
+                return
+            answers.append("".join(chat.texts or ()))
+
+    async def _have(self, ask: Ask, chat: Chat) -> None:
         self.chats.append(chat)
         self._watcher.sent(chat)
         chat.failure = await self._failure_of(ask, chat)

@@ -59,6 +59,10 @@ class Chat:
     server_first_token_s: float | None = None
     moves: int = 0
     rewinds: int = 0
+    turn: int = 0
+    """Of its talk, from 0."""
+    texts: list[str] | None = None
+    """What was answered, where a next turn needs it."""
 
     @property
     def completed(self) -> bool:

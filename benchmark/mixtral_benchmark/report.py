@@ -1,10 +1,12 @@
-"""What a run leaves behind: the table for people and the JSON object for programs, both from measure.figures.
+"""What a run leaves behind: tables for people, the JSON object and CSV rows for programs, all from measure.figures.
 
-Decides wording, order, rounding and which facts about server, commit and machine go along. Computes no figure of its own.
+Decides wording, order, rounding and which facts about server, commit and machine go along. Computes no figure of its own. Plots are
+plots.py's, and two results side by side compare.py's.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mixtral_benchmark.intervals import Interval
 from mixtral_benchmark.measure import PERCENTILES, Chat, Figure, e2e_s, failures, tokens_per_s, tpot_s, ttft_s
 from mixtral_benchmark.wires import ServerFacts
 
@@ -79,10 +82,22 @@ def git_commit(folder: Path) -> str | None:
     return asked.stdout.strip() or None
 
 
-def result(chats: Sequence[Chat], figures: Mapping[str, Figure], facts: Mapping[str, Any], client_cpu_share: float) -> dict[str, Any]:
-    """The JSON object: circumstances, figures, failures by code."""
+def result(
+    chats: Sequence[Chat],
+    figures: Mapping[str, Figure],
+    facts: Mapping[str, Any],
+    client_cpu_share: float,
+    confidence: Mapping[str, Interval] | None = None,
+) -> dict[str, Any]:
+    """The JSON object: circumstances, figures, 95 % intervals of some of them, failures by code."""
     rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    return {**facts, "client_cpu_share": round(client_cpu_share, 3), **rounded, "failures": failures(chats)}
+    intervals = {name: [round(low, 4), round(high, 4)] for name, (low, high) in (confidence or {}).items()}
+    return {**facts, "client_cpu_share": round(client_cpu_share, 3), **rounded, "ci95": intervals, "failures": failures(chats)}
+
+
+def sweep(outcomes: Sequence[Mapping[str, Any]], saturated: str | None) -> dict[str, Any]:
+    """The JSON object of a sweep: its runs in order, each whole, and why it ended before its last level."""
+    return {"format": FORMAT, "saturated": saturated, "runs": list(outcomes)}
 
 
 def chat_rows(chats: Sequence[Chat], started_s: float) -> list[dict[str, Any]]:
@@ -94,12 +109,14 @@ def chat_rows(chats: Sequence[Chat], started_s: float) -> list[dict[str, Any]]:
     return [
         {
             "index": chat.index,
+            "turn": chat.turn,
             "job": chat.job,
             "scheduled_ms": ms(chat.scheduled_s - started_s),
             "sent_ms": ms(chat.sent_s - started_s),
             "ttft_ms": ms(ttft_s(chat)),
             "tpot_ms": ms(tpot_s(chat)),
             "e2el_ms": ms(e2e_s(chat)),
+            "prompt_tokens": chat.prompt_tokens,
             "tokens": chat.tokens,
             "tokens_per_s": speed and round(speed, 3),
             "finish": chat.finish,
@@ -110,8 +127,22 @@ def chat_rows(chats: Sequence[Chat], started_s: float) -> list[dict[str, Any]]:
     ]
 
 
-def write_json(path: Path, outcome: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text(json.dumps({**outcome, "chats": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, outcome: Mapping[str, Any], rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """rows: those of each run, which go into its object."""
+    if "runs" in outcome:
+        outcome = {**outcome, "runs": [{**run, "chats": of_run} for run, of_run in zip(outcome["runs"], rows, strict=True)]}
+    else:
+        outcome = {**outcome, "chats": rows[0]}
+    path.write_text(json.dumps(outcome, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """A row per chat, that of its run (from 0) first; a failure is its code word."""
+    flat = [{"run": run, **row, "failure": row["failure"] and row["failure"]["code"]} for run, of_run in enumerate(rows) for row in of_run]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(flat[0]) if flat else ["run"])
+        writer.writeheader()
+        writer.writerows(flat)
 
 
 def json_line(outcome: Mapping[str, Any]) -> str:
@@ -137,6 +168,7 @@ def totals(outcome: Mapping[str, Any]) -> Table:
     table.add_column(justify="right")
     table.add_column()
     interrupted = f", {outcome['interrupted']} interrupted" if outcome["interrupted"] else ""
+    interrupted += f", {outcome['unsent']} never sent" if outcome.get("unsent") else ""
     table.add_row(
         "chats completed", f"{outcome['completed']:,}", f"{outcome['failed']} failed{interrupted}, in {outcome['duration']:.2f} s"
     )
@@ -146,6 +178,11 @@ def totals(outcome: Mapping[str, Any]) -> Table:
     slowest = f"median; mean {number(outcome['mean_chat_tokens_per_s'])}, slowest 5 % below {number(outcome['p5_chat_tokens_per_s'])}"
     table.add_row("tokens/s per chat", number(outcome["median_chat_tokens_per_s"]), slowest)
     table.add_row("frames", f"{outcome['frames']:,}", sharing(outcome))
+    if outcome.get("request_goodput") is not None:
+        goals = " ".join(outcome["flags"]["slo"])
+        table.add_row("good chats per second", number(outcome["request_goodput"]), f"{outcome['good_share']:.1%} of all kept {goals}")
+    aime = f"total {number(outcome['output_throughput'])} tokens/s, single {number(outcome['mean_chat_tokens_per_s'])} tokens/s"
+    table.add_row("in AIME's words", "", aime)
     return table
 
 
@@ -174,16 +211,38 @@ def sharing(outcome: Mapping[str, Any]) -> str:
 def latencies(outcome: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("milliseconds")
-    for heading in ("mean", "p50", *(f"p{percent}" for percent in PERCENTILES)):
+    for heading in ("mean", "p50", *(f"p{percent}" for percent in PERCENTILES), "p50, 95 % sure"):
         table.add_column(heading, justify="right")
-    is_closed_loop = outcome["flags"]["request_rate"] is None
+    flags = outcome["flags"]
+    is_closed_loop = flags["request_rate"] is None and flags.get("trace") is None
     for name, words in ROWS.items():
         # A closed loop plans each send for the moment it happens: two rows would say the same.
         is_repeat = is_closed_loop and name.startswith("scheduled_")
         if outcome[f"mean_{name}_ms"] is not None and not is_repeat:
             keys = (f"mean_{name}_ms", f"median_{name}_ms", *(f"p{percent}_{name}_ms" for percent in PERCENTILES))
-            table.add_row(words, *(number(outcome[key]) for key in keys))
+            interval = outcome["ci95"].get(f"median_{name}_ms")
+            sure = f"{number(interval[0])} – {number(interval[1])}" if interval else ""
+            table.add_row(words, *(number(outcome[key]) for key in keys), sure)
     return table
+
+
+def show_sweep(console: Console, outcomes: Sequence[Mapping[str, Any]], saturated: str | None) -> None:
+    """A line per run."""
+    by_rate = bool(outcomes) and outcomes[0]["flags"]["sweep_rate"] is not None
+    has_goals = bool(outcomes) and outcomes[0]["request_goodput"] is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ["chats a second" if by_rate else "chats at once", "tokens/s", "per chat", "TTFT p50", "TTFT p99", "TPOT p50", "failed"]
+    for heading in [*headings, "good"] if has_goals else headings:
+        table.add_column(heading, justify="right")
+    for outcome in outcomes:
+        level = outcome["flags"]["request_rate" if by_rate else "concurrent_requests"]
+        keys = ("median_chat_tokens_per_s", "median_scheduled_ttft_ms", "p99_scheduled_ttft_ms", "median_tpot_ms")
+        good = [f"{outcome['good_share']:.1%}"] if has_goals and outcome["good_share"] is not None else []
+        throughput = outcome["output_throughput" if by_rate else "steady_output_throughput"]
+        table.add_row(f"{level:g}", number(throughput), *(number(outcome[key]) for key in keys), str(outcome["failed"]), *good)
+    console.print(table, highlight=False)
+    if saturated:
+        console.print(f"The sweep ended there: {saturated}.", highlight=False)
 
 
 def failure_table(chats: Sequence[Chat]) -> Table:

@@ -89,6 +89,7 @@ class Wire(ABC):
         """
 
     def _saw(self, chat: Chat, at_s: float, tokens: int) -> None:
+        """Tokens arrived."""
         chat.arrivals.append(Arrival(at_s, tokens))
         self._arrived(chat, tokens)
 
@@ -128,6 +129,8 @@ class OpenAIWire(Wire):
         for choice in chunk.get("choices") or []:
             chat.finish = choice.get("finish_reason") or chat.finish
             delta = choice.get("delta") or {}
+            if chat.texts is not None:
+                chat.texts.append(delta.get("content") or "")
             if tokens := self._new_tokens(chat, event.id, any(delta.get(name) for name in CONTENT_FIELDS)):
                 self._saw(chat, at_s, tokens)
 
@@ -193,9 +196,12 @@ class NativeWire(Wire):
             case TokenEvent():
                 raise_for(transcript.token(event.offset, event.text))
                 chat.last_offset = transcript.offset
+                if chat.texts is not None:
+                    chat.texts.append(event.text)
                 self._saw(chat, at_s, 1)
             case RewindEvent():
                 raise_for(transcript.rewind(event.to))
+                del (chat.texts or [])[event.to :]
                 chat.last_offset, chat.rewinds = transcript.offset, chat.rewinds + 1
             case MovedEvent():
                 chat.moves += 1

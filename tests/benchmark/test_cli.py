@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_benchmark.cli import INTERRUPTED, NOT_RUN, OK, SOME_FAILED, parse, parser
+from mixtral_benchmark.cli import INTERRUPTED, NOT_RUN, OK, SOME_FAILED
+from mixtral_benchmark.flags import parse, parser
 from support.scripted_server import KEY, ScriptedServer, chunk, done, openai_end, token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +132,140 @@ async def test_failed_chats_are_named_and_counted_and_make_the_exit_code_1(serve
     assert re.search(r"stream_cut +2 +the stream ended after 1 tokens without \[DONE\]", ended.stdout)
 
 
+def counting(tokens_per_word: int) -> Callable[[ScriptedServer], Callable[[str, Write], Awaitable[None]]]:
+    """A server to whose tokenizer each word is so many tokens, and the chat's frame 7."""
+
+    def of(server: ScriptedServer) -> Callable[[str, Write], Awaitable[None]]:
+        async def play(api: str, write: Write) -> None:
+            words = sum(len(message["content"].split()) for message in server.requests[-1]["messages"])
+            await write(chunk(1, "Once") + openai_end(1, prompt=7 + tokens_per_word * words))
+
+        return play
+
+    return of
+
+
+async def test_synthetic_prompts_have_the_tokens_asked_for_as_the_server_counts_them(server: ScriptedServer) -> None:
+    server.play = counting(2)(server)  # type: ignore[assignment]
+    ended = await run("-as", server.url, "-tr", "4", "-cr", "1", "--input_tokens", "107", "--shared_prefix_tokens", "60", "--prefixes", "2")
+    assert ended.code == OK
+    assert ended.outcome["total_input_tokens"] == 4 * 107
+    assert "2.00 tokens a word and 7 for the chat's frame" in ended.stderr
+    asked = [request["messages"][0]["content"].split() for request in server.requests[-4:]]
+    assert [words[:30] for words in asked[:2]] == [words[:30] for words in asked[2:]]
+    assert asked[0][:30] != asked[1][:30]
+
+
+async def test_long_texts_fill_the_context_with_their_answers(server: ScriptedServer) -> None:
+    server.play = counting(1)(server)  # type: ignore[assignment]
+    ended = await run("-as", server.url, "-tr", "2", "-cr", "1", "--context_length", "1K", "--max_tokens", "24")
+    assert ended.code == OK
+    assert ended.outcome["total_input_tokens"] == 2 * 1000
+    texts = {request["messages"][0]["content"] for request in server.requests[-2:]}
+    assert len(texts) == 2, "each chat has a text of its own"
+    assert all(text.startswith("Summarise the following text.") for text in texts)
+
+
+async def test_server_that_counts_no_prompt_tokens_is_sent_no_synthetic_load(server: ScriptedServer) -> None:
+    async def silent(api: str, write: Write) -> None:
+        await write(chunk(1, "Once") + chunk(None, None, "stop") + b"data: [DONE]\n\n")
+
+    server.play = silent
+    ended = await run("-as", server.url, "--input_tokens", "100")
+    assert ended.code == NOT_RUN
+    assert "the server reports no prompt tokens" in ended.stderr
+    assert len(server.requests) == 1
+
+
+async def test_turns_go_on_with_what_was_answered(server: ScriptedServer) -> None:
+    server.play = three_tokens
+    ended = await run("-as", server.url, "-tr", "2", "-cr", "1", "--turns", "3", "--warmup_requests", "0")
+    assert (ended.code, ended.outcome["completed"]) == (OK, 6)
+    last = [message["content"] for message in server.requests[2]["messages"]]
+    assert last == ["Tell a long story: Once upon a time", "Once upon a", "Go on.", "Once upon a", "Go on."]
+
+
+async def test_trace_is_replayed_with_its_own_lengths(server: ScriptedServer, tmp_path: Path) -> None:
+    server.play = counting(1)(server)  # type: ignore[assignment]
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 1000 + 20 * i, "input_length": 20 + i, "output_length": 5 + i} for i in range(5)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    ended = await run("-as", server.url, "--trace", str(trace), "--trace_speed", "2", "--warmup_requests", "0")
+    assert (ended.code, ended.outcome["completed"]) == (OK, 5)
+    assert ended.outcome["total_input_tokens"] == sum(20 + i for i in range(5))
+    assert sorted(request["max_tokens"] for request in server.requests[-5:]) == [5, 6, 7, 8, 9]
+    assert "from the planned send" in ended.stdout
+
+
+async def test_unreadable_prompt_file_or_trace_is_one_sentence_before_any_load(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    for flag in ("--prompt_file", "--trace"):
+        ended = await run("-as", server.url, flag, str(tmp_path / "bad.jsonl"))
+        assert ended.code == NOT_RUN
+        assert "bad.jsonl line 1 is not JSON" in ended.stderr
+    assert server.requests == []
+
+
+async def test_chats_that_kept_their_goals_are_counted_and_failed_ones_were_not_good(server: ScriptedServer) -> None:
+    async def cut_every_other(api: str, write: Write) -> None:
+        await (write(chunk(1, "Once")) if len(server.requests) % 2 else three_tokens(api, write))
+
+    server.play = cut_every_other
+    flags = ("-as", server.url, "-tr", "4", "-cr", "1", "--warmup_requests", "0")
+    kept = await run(*flags, "--slo", "ttft_ms:60000", "e2el_ms:60000")
+    assert kept.outcome["good_share"] == 0.5
+    assert re.search(r"good chats per second +[\d.]+ +50.0% of all kept ttft_ms:60000 e2el_ms:60000", kept.stdout)
+    server.requests.clear()
+    assert (await run(*flags, "--slo", "ttft_ms:0.0001")).outcome["good_share"] == 0
+
+
+async def test_sweep_runs_level_after_level_and_prints_one_line_each(server: ScriptedServer) -> None:
+    server.play = three_tokens
+    ended = await run("-as", server.url, "-tr", "2", "--sweep_concurrency", "1,2", "--warmup_requests", "0")
+    assert ended.code == OK
+    runs = ended.outcome["runs"]
+    assert isinstance(runs, list)
+    assert [(one["flags"]["concurrent_requests"], one["completed"]) for one in runs] == [(1, 3), (2, 6)]
+    assert re.search(r"chats at once +tokens/s +per chat +TTFT p50", ended.stdout)
+
+
+async def test_sweep_over_rates_ends_when_the_server_falls_behind(server: ScriptedServer) -> None:
+    one_at_a_time = asyncio.Lock()
+
+    async def slow(api: str, write: Write) -> None:
+        async with one_at_a_time:
+            await asyncio.sleep(0.05)
+            await three_tokens(api, write)
+
+    server.play = slow
+    ended = await run("-as", server.url, "-tr", "40", "--sweep_rate", "4,200,400", "--burstiness", "constant")
+    runs = ended.outcome["runs"]
+    assert isinstance(runs, list)
+    assert [one["flags"]["request_rate"] for one in runs] == [4, 200]
+    assert "came to their end" in str(ended.outcome["saturated"])
+    assert "sweep over: of 200.00 chats sent a second" in ended.stderr
+
+
+async def test_files_hold_a_row_for_each_chat_and_a_page_that_loads_nothing(server: ScriptedServer, tmp_path: Path) -> None:
+    server.play = three_tokens
+    csv_file, html_file = tmp_path / "chats.csv", tmp_path / "page.html"
+    ended = await run("-as", server.url, "-tr", "3", "-k", KEY, "--csv_file", str(csv_file), "--html_file", str(html_file), key=None)
+    assert ended.code == OK
+    rows = list(csv.DictReader(csv_file.read_text().splitlines()))
+    assert [(row["run"], row["index"], row["tokens"], row["failure"]) for row in rows] == [("0", str(i), "3", "") for i in range(3)]
+    page = html_file.read_text()
+    assert page.count("<svg") == 4
+    assert KEY not in page
+    assert not re.search(r"<(script|link|img)|@import|url\(", page)
+    assert set(re.findall(r"https?://[^\s\"<]+", page)) <= {"http://www.w3.org/2000/svg", server.url, f"{server.url},"}
+
+
+async def test_base_url_is_the_server_by_the_name_that_openai_packages_give_it(server: ScriptedServer) -> None:
+    server.play = three_tokens
+    ended = await run("--base_url", f"{server.url}/v1", "--total_requests", "1")
+    assert (ended.code, ended.outcome["completed"]) == (OK, 1)
+
+
 async def test_ctrl_c_prints_what_was_measured_so_far(server: ScriptedServer) -> None:
     second_runs = asyncio.Event()
 
@@ -224,8 +360,26 @@ def test_open_loop_has_no_cap_unless_one_is_given() -> None:
         (["--temperature", "2.5"], "must be 0 (greedy) to 2; got 2.5"),
         (["--api_server", "host:7777"], "must be http://HOST:PORT or https://HOST; got 'host:7777'"),
         (["--api_server", "http://me:secret@host"], "must hold no user or password"),
-        (["--verify", "--api", "openai"], "leave out --api openai"),
-        (["--json_file", "/nowhere/result.json"], "the folder /nowhere does not exist"),
+        (["--verify", "--api", "openai"], "leave out --api"),
+        (["--json_file", "/nowhere/result.json"], "--json_file: the folder /nowhere does not exist"),
+        (["--html_file", "/nowhere/page.html"], "--html_file: the folder /nowhere does not exist"),
+        (["--burstiness", "even", "--request_rate", "1"], "must be a number above 0, or constant; got 'even'"),
+        (["--burstiness", "2"], "--burstiness needs --request_rate or --sweep_rate"),
+        (["--ramp_to", "2"], "--ramp_to needs --request_rate"),
+        (["--request_rate", "1", "--trace", "t.jsonl"], "--request_rate and --trace each say when to send"),
+        (["--prompt", "a", "--input_tokens", "9"], "--prompt and --input_tokens each say what to ask"),
+        (["--sweep_concurrency", "1,2", "-cr", "4"], "leave out --concurrent_requests"),
+        (["--sweep_concurrency", "2,1"], "must be rising numbers with commas between; got '2,1'"),
+        (["--sweep_rate", "1,1"], "must be rising numbers with commas between; got '1,1'"),
+        (["--context_length", "8K", "-nu", "8192"], "--context_length 8192 leaves no room for a prompt beside --max_tokens 8192"),
+        (["--shared_prefix_tokens", "9", "--input_tokens", "9"], "--shared_prefix_tokens needs --input_tokens, and fewer"),
+        (["--prefixes", "2"], "--prefixes needs --shared_prefix_tokens"),
+        (["--input_spread", "0.5"], "--input_spread needs --input_tokens"),
+        (["--input_tokens", "9", "--input_spread", "1"], "must be 0 to less than 1; got 1"),
+        (["--slo", "speed:9"], "must be NAME:MILLISECONDS"),
+        (["--api", "aime", "--seed", "1"], "AIME's wire has no seed"),
+        (["--api", "aime", "--ignore_eos"], "AIME's wire has no ignore_eos"),
+        (["--api", "aime", "--temperature", "1.5"], "AIME's wire takes temperatures up to 1"),
     ],
 )
 def test_wrong_flag_is_refused_with_its_rule(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from mixtral_benchmark.load import Load, poisson_arrivals_s
+from mixtral_benchmark.arrivals import Pace, moments_s
+from mixtral_benchmark.load import Load, Plan
 from mixtral_benchmark.measure import figures
-from support.scripted_server import Stage, chunk, openai_end, token
-
-UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@UNTIMED
-@given(st.integers(1, 200), st.floats(0.01, 1000), st.integers(0, 2**32))
-def test_poisson_arrivals_begin_at_0_ascend_and_repeat_with_their_seed(count: int, rate_per_s: float, seed: int) -> None:
-    moments_s = poisson_arrivals_s(count, rate_per_s, seed)
-    assert len(moments_s) == count
-    assert moments_s[0] == 0
-    assert moments_s == sorted(moments_s)
-    assert moments_s == poisson_arrivals_s(count, rate_per_s, seed)
-
-
-def test_poisson_gaps_have_the_mean_and_the_spread_of_their_rate() -> None:
-    moments_s = poisson_arrivals_s(20_001, 4.0, seed=1)
-    gaps = [after - before for before, after in pairwise(moments_s)]
-    mean = math.fsum(gaps) / len(gaps)
-    assert mean == pytest.approx(0.25, rel=0.03)
-    # An exponential's standard deviation is its mean.
-    assert math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / len(gaps)) == pytest.approx(0.25, rel=0.05)
-
-
-def test_different_seeds_give_different_moments() -> None:
-    assert poisson_arrivals_s(10, 1.0, 0) != poisson_arrivals_s(10, 1.0, 1)
+from mixtral_benchmark.prompts import Talk
+from support.scripted_server import Stage, chunk, done, native, openai_end, token
 
 
 async def test_closed_loop_sends_the_next_chat_at_the_moment_one_ends(stage: Stage) -> None:
@@ -68,22 +41,22 @@ async def test_closed_loop_goes_on_after_a_failure(stage: Stage) -> None:
 
 
 async def test_open_loop_sends_at_its_moments_though_no_chat_has_ended(stage: Stage) -> None:
-    moments_s = poisson_arrivals_s(3, 1.0, seed=0)
+    planned_s = moments_s(3, Pace(1.0), seed=0)
 
     async def script() -> None:
-        for index, moment_s in enumerate(moments_s):
+        for index, moment_s in enumerate(planned_s):
             stage.advance(moment_s)
             await stage.until(lambda due=index + 1: len(stage.sent_chats) == due)  # type: ignore[misc]
         for index in range(3):
             await stage.end(100.0, index, chunk(1, "a") + openai_end(1))
 
     chats = await stage.play(stage.load(total=3, concurrency=None, rate_per_s=1.0), script())
-    assert [chat.scheduled_s for chat in chats] == moments_s
-    assert [chat.sent_s for chat in chats] == moments_s
+    assert [chat.scheduled_s for chat in chats] == planned_s
+    assert [chat.sent_s for chat in chats] == planned_s
 
 
 async def test_open_loop_counts_a_send_that_a_cap_delayed_from_the_moment_planned(stage: Stage) -> None:
-    planned_s = poisson_arrivals_s(2, 1.0, seed=0)[1]
+    planned_s = moments_s(2, Pace(1.0), seed=0)[1]
 
     async def script() -> None:
         await stage.end(100.0, 0, chunk(1, "a") + openai_end(1))
@@ -145,3 +118,63 @@ async def test_each_chat_asks_with_a_seed_of_its_own(stage: Stage) -> None:
 def json_text(messages: list[dict[str, str]]) -> str:
     assert [message["role"] for message in messages] == ["user"]
     return messages[0]["content"]
+
+
+def three_turns(**more: object) -> Talk:
+    return Talk(("one", "two", "three"), max_tokens=8, seed=0, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("api", ["openai", "native"])
+async def test_each_turn_is_asked_with_all_that_was_said_and_answered_before(stage: Stage, api: str) -> None:
+    def piece(offset: int, text: str) -> bytes:
+        return chunk(offset, text) if api == "openai" else token(offset, text)
+
+    def end(tokens: int) -> bytes:
+        return openai_end(tokens) if api == "openai" else done(tokens)
+
+    async def script() -> None:
+        await stage.end(1.0, 0, piece(1, "uno") + piece(2, "!") + end(2))
+        await stage.end(2.0, 1, piece(1, "dos") + end(1))
+        await stage.end(3.0, 2, piece(1, "tres") + end(1))
+
+    chats = await stage.play(stage.load_of(Plan([three_turns()], 1, None, 60), api), script())
+    assert [(chat.index, chat.turn, chat.tokens) for chat in chats] == [(0, 0, 2), (1, 1, 1), (2, 2, 1)]
+    said = [[message["content"] for message in request["messages"]] for request in stage.server.requests]
+    assert said == [["one"], ["one", "uno!", "two"], ["one", "uno!", "two", "dos", "three"]]
+
+
+async def test_tokens_that_a_rewind_took_back_are_not_said_again_in_the_next_turn(stage: Stage) -> None:
+    async def script() -> None:
+        again = token(1, "a") + token(2, "b") + native("rewind", to=1) + token(2, "c") + done(2)
+        await stage.end(1.0, 0, again)
+        await stage.end(2.0, 1, token(1) + done(1))
+
+    talk = Talk(("one", "two"), max_tokens=8, seed=0)
+    await stage.play(stage.load_of(Plan([talk], 1, None, 60), "native"), script())
+    assert [message["content"] for message in stage.server.requests[1]["messages"]] == ["one", "ac", "two"]
+
+
+async def test_next_turn_waits_for_the_user_to_think_and_counts_from_then(stage: Stage) -> None:
+    async def script() -> None:
+        await stage.end(1.0, 0, chunk(1, "a") + openai_end(1))
+        await stage.until_asleep()
+        stage.advance(5.0)
+        await stage.end(6.0, 1, chunk(1, "b") + openai_end(1))
+        await stage.until_asleep()
+        stage.advance(10.0)
+        await stage.end(11.0, 2, chunk(1, "c") + openai_end(1))
+
+    chats = await stage.play(stage.load_of(Plan([three_turns(think_s=4.0)], 1, None, 60)), script())
+    assert [(chat.scheduled_s, chat.sent_s) for chat in chats] == [(0.0, 0.0), (5.0, 5.0), (10.0, 10.0)]
+
+
+async def test_turns_behind_a_failed_one_are_never_sent_and_counted(stage: Stage) -> None:
+    async def script() -> None:
+        await stage.at(1.0, 0, chunk(1, "a"), arrivals=1)
+        await stage.server.cut(0)
+        await stage.end(2.0, 3, chunk(1, "b") + openai_end(1))
+
+    load = stage.load_of(Plan([three_turns(), Talk(("four",), max_tokens=8, seed=3)], 1, None, 60))
+    chats = await stage.play(load, script())
+    assert [(chat.index, chat.completed) for chat in chats] == [(0, False), (3, True)]
+    assert load.unsent == 2

@@ -16,9 +16,10 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from mixtral_benchmark.arrivals import Pace, moments_s
 from mixtral_benchmark.load import Load, Plan
 from mixtral_benchmark.measure import Chat
-from mixtral_benchmark.prompts import asks
+from mixtral_benchmark.prompts import Talk, same
 from mixtral_benchmark.wires import NativeWire, OpenAIWire, Target, Wire
 from mixtral_client.protocol import event_id
 
@@ -178,6 +179,7 @@ class Stage:
         if at_s > self.time_s:
             woken = asyncio.Event()
             self._sleepers.append((at_s, woken))
+            self._happened.set()
             await woken.wait()
 
     def sent(self, chat: Chat) -> None:
@@ -197,6 +199,10 @@ class Stage:
             while not holds():
                 self._happened.clear()
                 await self._happened.wait()
+
+    async def until_asleep(self) -> None:
+        """The load waits for a moment to come."""
+        await self.until(lambda: any(not woken.is_set() for _, woken in self._sleepers))
 
     def advance(self, to_s: float) -> None:
         self.time_s = to_s
@@ -235,7 +241,11 @@ class Stage:
         verify: bool = False,
         timeout_s: float = 60,
     ) -> Load:
-        plan = Plan(asks(total, "hello", 8, None, 0), concurrency, rate_per_s, 0, timeout_s)
+        talks = same(total, "hello", Talk((), max_tokens=8, seed=0))
+        moments = None if rate_per_s is None else moments_s(total, Pace(rate_per_s), 0)
+        return self.load_of(Plan(talks, concurrency, moments, timeout_s), api, verify)
+
+    def load_of(self, plan: Plan, api: str = "openai", verify: bool = False) -> Load:
         return Load(plan, self.wire(api, verify), self, self)
 
     async def play(self, load: Load, script: Coroutine[Any, Any, None]) -> Sequence[Chat]:
