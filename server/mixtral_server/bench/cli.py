@@ -1,0 +1,144 @@
+"""`python -m mixtral_server.bench`: which measures are run, with what load, and what is printed of them.
+
+Progress goes to stderr; stdout gets a table for each measure and, as its last line, one JSON object with every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mixtral_server.bench import measures
+from mixtral_server.bench.house import BenchFailed
+from mixtral_server.bench.measures import Row
+
+FORMAT = 1
+LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
+
+ABOUT = """\
+What one server process can do: tokens and jobs per CPU second, latency, queue depth, memory.
+
+Each measure starts a Redis and a server of its own in a temporary folder and puts load on it from other processes of this machine.
+CPU seconds are those of the server process alone, kernel work on its behalf included; Redis's stand beside them. Linux only."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = _parser().parse_args(arguments)
+    began = time.time()
+    figures: dict[str, list[Row]] = {}
+    try:
+        for name in flags.measure or MEASURES:
+            figures[name] = asyncio.run(MEASURES[name](flags))
+            _show(name, figures[name])
+    except BenchFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    line = json.dumps(circumstances(began, flags) | figures)
+    if flags.json_file:
+        Path(flags.json_file).write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixtral_server.bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("measure", nargs="*", choices=[[], *MEASURES], help=f"{', '.join(MEASURES)}; none named: all")
+    parser.add_argument("--streams", type=int, default=64, help="readers at once, each of a job of its own (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=6000, help="frames of each stream (%(default)s)")
+    parser.add_argument("--tokens_per_frame", type=int, nargs="+", default=[1, 8], help="a run for each (1 8)")
+    parser.add_argument("--wire", nargs="+", choices=("openai", "native"), default=["openai", "native"], help="a run for each (both)")
+    parser.add_argument("--turns_per_s", type=float, default=0.0, help="latency under load: turns a second; 0 = half of what was measured")
+    parser.add_argument("--seconds", type=float, default=10.0, help="latency: how long (%(default)s)")
+    parser.add_argument("--callers", type=int, default=64, help="jobs: calls open at once (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="jobs: slots of the worker (%(default)s)")
+    parser.add_argument("--calls", type=int, default=20_000, help="jobs: calls in all (%(default)s)")
+    parser.add_argument("--json_file", help="also write the JSON object to this file")
+    return parser
+
+
+def say(sentence: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {sentence}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- measures
+
+
+async def _tokens(flags: argparse.Namespace) -> list[Row]:
+    return [
+        await measures.tokens(say, streams=flags.streams, tokens_per_frame=per_frame, job_tokens=min(32_768, flags.tokens * per_frame), wire=wire)
+        for per_frame in flags.tokens_per_frame
+        for wire in flags.wire
+    ]
+
+
+async def _latency(flags: argparse.Namespace) -> list[Row]:
+    loaded = flags.turns_per_s
+    if not loaded:
+        most = await measures.tokens(say, streams=flags.streams, tokens_per_frame=1, job_tokens=2000, wire="openai")
+        loaded = 0.5 * most["tokens_per_server_cpu_s"] / flags.streams
+    return [
+        await measures.latency(say, streams=streams, turns_per_s=rate, seconds=flags.seconds, wire=wire)
+        for streams, rate in ((1, 50.0), (flags.streams, loaded))
+        for wire in flags.wire
+    ]
+
+
+async def _jobs(flags: argparse.Namespace) -> list[Row]:
+    return [await measures.jobs(say, callers=flags.callers, batch=flags.batch, calls=flags.calls)]
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], Awaitable[list[Row]]]] = {"tokens": _tokens, "latency": _latency, "jobs": _jobs}
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+def _show(name: str, rows: Sequence[Row]) -> None:
+    """One line for each figure, one column for each run."""
+    print(f"\n{name}")
+    for figure in rows[0]:
+        cells = (f"{row[figure]:,}" if isinstance(row[figure], int | float) else str(row[figure]) for row in rows)
+        print(f"  {figure:<26}" + "".join(f"{cell:>14}" for cell in cells))
+    print(flush=True)
+
+
+def circumstances(began: float, flags: argparse.Namespace) -> Row:
+    return {
+        "format": FORMAT,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)),
+        "git_commit": _commit(),
+        "platform": {"system": platform.platform(), "cpu": _cpu_model(), "python": platform.python_version()},
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "flags": {name: value for name, value in vars(flags).items() if name != "json_file"},
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout this file stands in; None for an installed server."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
