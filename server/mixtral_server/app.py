@@ -149,15 +149,15 @@ async def _wind_down(service: Service) -> None:
     log.info("event=leaving ready_delay_s=%g", settings.ready_delay_s)
     await is_set_within(stages.draining, settings.ready_delay_s)
     stages.draining.set()
-    service.stop_followings(resumable_only=True)
-    log.info("event=draining open=%d grace_s=%g", len(service.followings), settings.shutdown_grace_s)
+    service.stop_followers(resumable_only=True)
+    log.info("event=draining open=%d grace_s=%g", len(service.relay.followers), settings.shutdown_grace_s)
     until = time.monotonic() + settings.shutdown_grace_s
-    while service.followings and time.monotonic() < until:
+    while service.relay.followers and time.monotonic() < until:
         if await is_set_within(stages.closing, 0.05):
             break
     stages.closing.set()
-    service.stop_followings(resumable_only=False)
-    log.info("event=closing open=%d", len(service.followings))
+    service.stop_followers(resumable_only=False)
+    log.info("event=closing open=%d", len(service.relay.followers))
 
 
 def limits_of(endpoint: EndpointConfig) -> QueueLimits:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -59,13 +59,12 @@ class Place:
     eta_s: float | None
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Tokens of one log entry; offset of ids[0] is first. texts has one text per id."""
 
     first: int
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
+    ids: Sequence[int]
+    texts: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """One event → the bytes of a server-sent event. Pure; when and what to send is decided in routes/.
 
-Text never breaks a frame: data is JSON on one line, ids and names are ours.
+Text never breaks a frame: data is JSON on one line, ids and names are ours. Tokens are most of what is sent, and of a token's event only
+id and text are its own: the rest of the bytes is made once for each stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -30,6 +32,27 @@ def chunk(body: dict[str, Any], event_id: str | None = None) -> bytes:
     """A nameless event, as OpenAI's streams use them."""
     line = b"data: %b\n\n" % orjson.dumps(body)
     return line if event_id is None else b"id: %b\n%b" % (event_id.encode(), line)
+
+
+HOLE = "\0"
+"""Stands in a chunk's body where the text of each token belongs."""
+
+
+def token_pattern(body: dict[str, Any]) -> bytes:
+    """The bytes of a token's nameless event but for offset, crc and text: for token_events()."""
+    before, _, after = orjson.dumps(body).replace(b"%", b"%%").partition(orjson.dumps(HOLE))
+    return b"id: %%d.%%08x\ndata: %b%%b%b\n\n" % (before, after)
+
+
+def token_events(pattern: bytes, rows: Iterable[tuple[int, int, str]]) -> bytes:
+    """An event for each (offset, crc, text)."""
+    return b"".join([pattern % (offset, crc, orjson.dumps(text)) for offset, crc, text in rows])
+
+
+def native_token_events(rows: Iterable[tuple[int, int, str]]) -> bytes:
+    """What encode() makes of each TokenEvent."""
+    pattern = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b}\n\n'
+    return b"".join([pattern % (offset, crc, offset, orjson.dumps(text)) for offset, crc, text in rows])
 
 
 def retry(wait_ms: int) -> bytes:

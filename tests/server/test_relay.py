@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+import mixtral_server.follower
 import mixtral_server.redis_client
-import mixtral_server.relay
-from mixtral_client.protocol import FrameError, event_id, ids_crc, parse_event_id
+from mixtral_client.protocol import FrameError, JobEvent, TokenEvent, event_id, ids_crc, parse_event_id
+from mixtral_server.cursor import Cursor, Followed, Tokens
 from mixtral_server.errors import JobNotFound, RedisUnavailable
+from mixtral_server.follower import MAX_KEPT_TOKENS
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.records import Entry, Place, Snapshot
-from mixtral_server.relay import MAX_KEPT_TOKENS, Cursor, Followed, Relay
+from mixtral_server.relay import Relay
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, connect, redis_binary
 
@@ -28,7 +29,7 @@ HANG_S = 30.0
 @pytest.fixture
 async def relay(redis: Redis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Relay]:
     """One that never looks at the log for want of news: all comes by the live channel, or because it was cut."""
-    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
     async with Relay(redis, queue) as relay:
         yield relay
 
@@ -36,37 +37,76 @@ async def relay(redis: Redis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def deaf_relay(redis: Redis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> Relay:
     """One whose live channel brings nothing: it has only its looks at the log."""
-    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 0.02)
     return Relay(redis, queue)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One event, one token at most."""
+
+    event: JobEvent
+    id: str | None = None
+    ids: tuple[int, ...] = ()
+
+
+def one_by_one(batch: Sequence[Followed]) -> Iterator[Told]:
+    for one in batch:
+        if isinstance(one, Tokens):
+            for token, (offset, crc, text) in zip(one.ids, one.rows(), strict=True):
+                yield Told(TokenEvent(offset=offset, text=text), event_id(offset, crc), (token,))
+        else:
+            yield Told(one.event, one.id)
+
+
+@pytest.fixture(params=[False, True], ids=["batch", "sink"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is run with readers that ask for all, and with readers that are given most."""
+    monkeypatch.setattr(Reader, "has_sink", request.param)
 
 
 class Reader:
     """A client: keeps all it was told, and checks it as it comes."""
 
+    has_sink = False
+
     def __init__(self, relay: Relay, job: str, after: int = 0, crc: int | None = None) -> None:
-        self.events: list[Followed] = []
+        self.events: list[Told] = []
         self.text = ""
-        self._source = relay.follow(job, after, crc)
+        self._follow = relay.follow(job, after, crc)
+        self._sunk = 0
         self._task = asyncio.create_task(self._read())
         self._changed = asyncio.Event()
 
     async def _read(self) -> None:
-        async with aclosing(self._source) as events:  # type: ignore[type-var]
-            async for followed in events:
-                self.events.append(followed)
-                match followed.event.event:
-                    case "token":
-                        self.text += followed.event.text
-                    case "rewind":
-                        self.text = self.text[: followed.event.to]
-                self._changed.set()
+        with self._follow as follower:
+            follower.sink = self._sink if self.has_sink else None
+            while not follower.is_over:
+                self._take(await follower.batch(HANG_S))
+
+    def _sink(self, tokens: Tokens) -> bool:
+        """Takes two frames of three."""
+        self._sunk += 1
+        if is_taken := self._sunk % 3 > 0:
+            self._take([tokens])
+        return is_taken
+
+    def _take(self, batch: Sequence[Followed]) -> None:
+        for told in one_by_one(batch):
+            self.events.append(told)
+            match told.event.event:
+                case "token":
+                    self.text += told.event.text
+                case "rewind":
+                    self.text = self.text[: told.event.to]
+            self._changed.set()
 
     @property
     def kinds(self) -> list[str]:
         return [followed.event.event for followed in self.events]
 
     @property
-    def tokens(self) -> list[Followed]:
+    def tokens(self) -> list[Told]:
         return [followed for followed in self.events if followed.event.event == "token"]
 
     async def until(self, *kinds: str) -> None:
@@ -89,7 +129,7 @@ class Reader:
             await self._task
             raise AssertionError(f"the events ended with {self.kinds[-3:]}, {self.text!r}")
 
-    async def end(self) -> list[Followed]:
+    async def end(self) -> list[Told]:
         async with asyncio.timeout(HANG_S):
             await self._task
         return self.events
@@ -189,8 +229,8 @@ async def test_every_way_to_end_is_one_terminal_event(bench: Bench, relay: Relay
 
 
 async def test_a_waiting_follower_hears_its_place_when_it_changes(bench: Bench, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral_server.relay, "MIN_PLACE_EVERY_S", 0.02)
-    monkeypatch.setattr(mixtral_server.relay, "PLACE_EVERY_S", 0.0)
+    monkeypatch.setattr(mixtral_server.follower, "MIN_PLACE_EVERY_S", 0.02)
+    monkeypatch.setattr(mixtral_server.follower, "PLACE_EVERY_S", 0.0)
     jobs = [await bench.put() for _ in range(3)]
     asked = asyncio.Semaphore(0)
     place = JobQueue.place
@@ -243,7 +283,7 @@ async def test_many_followers_of_one_job_each_get_all(bench: Bench, relay: Relay
     for reader in readers:
         await reader.end()
         assert reader.text == "x" * 49 + "y"
-    assert relay.followers == 0
+    assert relay.followers == []
 
 
 async def test_jobs_do_not_mix(bench: Bench, relay: Relay) -> None:
@@ -288,19 +328,21 @@ async def test_a_follower_that_lags_keeps_a_bounded_buffer_and_misses_nothing(be
     job_id, worker = await bench.put(max_tokens=2 * count), await bench.worker()
     [job] = await worker.take()
     await worker.turn(frame(job, 1, "a"))
-    source = relay.follow(job_id)
-    first = await anext(source)
-    assert first.ids == (ord("a"),)
-    witness = Reader(relay, job_id)
-    for offset in range(2, count, 256):
-        await worker.turn(frame(job, offset, "x" * 256))
-    n = (await bench.queue.read(job_id, 2**40)).n
-    await witness.until_text("a" + "x" * (n - 1))
-    [slow] = [news for news in relay._followers[job_id] if news._tokens or news.must_look]
-    assert slow._tokens <= MAX_KEPT_TOKENS
-    await worker.turn(frame(job, n + 1, "z", finish="stop"))
-    rest = [followed async for followed in source]
-    assert [followed.event.offset for followed in rest if followed.event.event == "token"] == list(range(2, n + 2))
+    with relay.follow(job_id) as slow:
+        [first] = await slow.batch(HANG_S)
+        assert isinstance(first, Tokens)
+        assert first.texts == ["a"]
+        witness = Reader(relay, job_id)
+        for offset in range(2, count, 256):
+            await worker.turn(frame(job, offset, "x" * 256))
+        n = (await bench.queue.read(job_id, 2**40)).n
+        await witness.until_text("a" + "x" * (n - 1))
+        assert sum(len(entry.ids) for entry in slow._news) <= MAX_KEPT_TOKENS
+        await worker.turn(frame(job, n + 1, "z", finish="stop"))
+        rest: list[Told] = []
+        while not slow.is_over:
+            rest += one_by_one(await slow.batch(HANG_S))
+    assert [told.event.offset for told in rest if told.event.event == "token"] == list(range(2, n + 2))
     assert rest[-1].event.event == "done"
     await witness.end()
 
@@ -309,16 +351,16 @@ async def test_a_follower_that_leaves_is_forgotten(bench: Bench, relay: Relay) -
     job_id = await bench.put()
     reader = Reader(relay, job_id)
     await reader.until("queued")
-    assert relay.followers == 1
+    assert len(relay.followers) == 1
     await reader.leave()
-    assert relay.followers == 0
+    assert relay.followers == []
     assert relay._followers == {}
 
 
 async def test_an_unknown_job_is_not_found(bench: Bench, relay: Relay) -> None:
-    with pytest.raises(JobNotFound):
-        await anext(relay.follow(bench.shard.new_id()))
-    assert relay.followers == 0
+    with relay.follow(bench.shard.new_id()) as follower, pytest.raises(JobNotFound):
+        await follower.batch(HANG_S)
+    assert relay.followers == []
 
 
 async def test_a_job_that_redis_lost_ends_with_an_error(bench: Bench, deaf_relay: Relay) -> None:
@@ -359,7 +401,7 @@ def own_redis(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
 
 
 async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)  # the channel's return must be enough
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)  # the channel's return must be enough
     redis = connect(own_redis.url)
     bench = Bench(JobQueue(redis, {ENDPOINT: QueueLimits()}), redis)
     job_id, worker = await bench.put(), await bench.worker()
@@ -369,8 +411,8 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, 
         reader = Reader(relay, job_id)
         await reader.until_text("abc")
         own_redis.crash()
-        with pytest.raises(RedisUnavailable):
-            await anext(relay.follow(job_id))
+        with relay.follow(job_id) as follower, pytest.raises(RedisUnavailable):
+            await follower.batch(HANG_S)
         own_redis.start()
         await worker.turn(frame(job, 1, "abcdef", finish="stop"))
         await reader.end()
@@ -381,7 +423,7 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, 
 
 async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live channel stays open, but for a while there is no connection to read the log with."""
-    monkeypatch.setattr(mixtral_server.relay, "LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
     monkeypatch.setattr(mixtral_server.redis_client, "CALL_S", 0.2)
     small = connect(redis_process.url)
     small.connection_pool.max_connections = 2
@@ -470,8 +512,8 @@ def test_news_that_do_not_continue_what_was_sent_ask_to_start_over() -> None:
     assert cursor.add(letters(3, "xd")) is None
     assert cursor.catch_up(snapshot_of([letters(1, "ab"), letters(3, "xyz")], cursor.offset)) is None
     assert cursor.catch_up(snapshot_of([letters(1, "ab")], cursor.offset)) is None
-    assert cursor.add(letters(1, "ab")) == []
-    assert [followed.ids for followed in cursor.add(letters(3, "cd")) or ()] == [(ord("d"),)]
+    assert cursor.add(letters(1, "ab")) == Tokens(4, (), (), [])
+    assert cursor.add(letters(3, "cd")) == Tokens(4, (ord("d"),), ("d",), [ids_crc(map(ord, "abcd"))])
 
 
 steps = st.lists(
@@ -492,8 +534,8 @@ def test_whatever_is_lost_or_repeated_the_reader_ends_with_the_log(plan: list[tu
     cursor = Cursor(after, ids_crc([1] * after))
     sent = [1] * after  # what a resuming client holds
 
-    def deliver(events: list[Followed] | None) -> bool:
-        for followed in events or ():
+    def deliver(events: Sequence[Followed] | None) -> bool:
+        for followed in one_by_one(events or ()):
             if followed.event.event == "rewind":
                 del sent[followed.event.to :]
             if followed.event.event == "token":
@@ -502,6 +544,10 @@ def test_whatever_is_lost_or_repeated_the_reader_ends_with_the_log(plan: list[tu
                 assert sent == [token for entry in log for token in entry.ids][: len(sent)]
             assert followed.id == event_id(len(sent), ids_crc(sent))
         return events is not None
+
+    def hear(entry: Entry) -> bool:
+        tokens = cursor.add(entry)
+        return tokens is not None and deliver([tokens])
 
     def look(*, start_over: bool) -> None:
         if start_over or not deliver(cursor.catch_up(snapshot_of(log, cursor.offset))):
@@ -513,11 +559,11 @@ def test_whatever_is_lost_or_repeated_the_reader_ends_with_the_log(plan: list[tu
             assert isinstance(what, list)
             entry = Entry(1 + sum(len(entry.ids) for entry in log), tuple(what), tuple(map(str, what)))
             log.append(entry)
-            if is_heard and not deliver(cursor.add(entry)):
+            if is_heard and not hear(entry):
                 look(start_over=False)
         elif kind == "repeat" and log:
             assert isinstance(what, int)
-            if not deliver(cursor.add(log[what % len(log)])):
+            if not hear(log[what % len(log)]):
                 look(start_over=False)
         elif kind == "look":
             look(start_over=bool(what))

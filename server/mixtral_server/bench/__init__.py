@@ -1,1 +1,1 @@
-"""What one server process can do, measured from outside it. `python -m mixtral_server.bench --help` tells how; docs/server-speed.md what came out."""
+"""What one server process can do, measured from outside. `python -m mixtral_server.bench --help`; figures: docs/server-speed.md."""

@@ -12,15 +12,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from mixtral_server.bench import measures
 from mixtral_server.bench.house import BenchFailed
 from mixtral_server.bench.measures import Row
 
 FORMAT = 1
+MAX_TOKENS = 32_768  # of one job
 LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
 
 ABOUT = """\
@@ -76,8 +78,8 @@ def say(sentence: str) -> None:
 
 async def _tokens(flags: argparse.Namespace) -> list[Row]:
     return [
-        await measures.tokens(say, streams=flags.streams, tokens_per_frame=per_frame, job_tokens=min(32_768, flags.tokens * per_frame), wire=wire)
-        for per_frame in flags.tokens_per_frame
+        await measures.tokens(say, streams=flags.streams, tokens_per_frame=size, job_tokens=min(MAX_TOKENS, flags.tokens * size), wire=wire)
+        for size in flags.tokens_per_frame
         for wire in flags.wire
     ]
 
@@ -98,7 +100,11 @@ async def _jobs(flags: argparse.Namespace) -> list[Row]:
     return [await measures.jobs(say, callers=flags.callers, batch=flags.batch, calls=flags.calls)]
 
 
-MEASURES: dict[str, Callable[[argparse.Namespace], Awaitable[list[Row]]]] = {"tokens": _tokens, "latency": _latency, "jobs": _jobs}
+MEASURES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, list[Row]]]] = {
+    "tokens": _tokens,
+    "latency": _latency,
+    "jobs": _jobs,
+}
 
 
 # ---------------------------------------------------------------------------------------------- output

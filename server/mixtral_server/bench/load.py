@@ -141,7 +141,7 @@ def work(target: Target, plan: WorkerPlan) -> WorkerResult:
 
 @dataclass(frozen=True)
 class ReaderPlan:
-    """streams: connections, one job each; wire: openai or native; job_tokens: asked of each and checked; is_timed: look at each token's stamp."""
+    """streams: connections, one job each; wire: openai or native; job_tokens: of each, checked; is_timed: look at every token's stamp."""
 
     streams: int
     job_tokens: int

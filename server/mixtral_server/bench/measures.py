@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mixtral_server.bench.house import BenchFailed, House, open_house
-from mixtral_server.bench.load import CallerPlan, ReaderPlan, ReaderResult, Target, WorkerPlan, WorkerResult, call_whole
-from mixtral_server.bench.load import read_streams, work
+from mixtral_server.bench.load import CallerPlan, ReaderPlan, ReaderResult, Target, WorkerPlan, WorkerResult, call_whole, read_streams, work
 
 Row: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]

@@ -97,18 +97,18 @@ async def _when_it_ends(
     service: Service, request: web.Request, desk: Desk, endpoint: EndpointConfig, job_id: str, ticket: str
 ) -> web.StreamResponse:
     """Wait for the end of the job, however long it takes. A client that leaves cannot ask for it again: its job is given up."""
-    following = service.follow(job_id, is_resumable=False)
-    try:
-        async with following:
-            while not following.is_over:
-                batch = await following.batch(service.settings.ping_s)
-                if not batch and following.is_stopped:
+    with service.relay.follow(job_id, is_resumable=False, asks_place=False) as follower:
+        follower.sink = lambda tokens: True  # the text is read when it is whole
+        try:
+            while not follower.is_over:
+                batch = await follower.batch(service.settings.ping_s)
+                if not batch and follower.is_stopped:
                     raise Unavailable(
                         "this server is stopping before the answer is whole; ask again and another one answers", retry_after_s=2
                     )
-    finally:
-        if not following.is_over and "Idempotency-Key" not in request.headers:
-            service.abandon(job_id)
+        finally:
+            if not follower.is_over and "Idempotency-Key" not in request.headers:
+                service.abandon(job_id)
     job, text = await desk.texts.look(job_id)
     if job.state == "expired":
         raise await _lapsed(desk, endpoint, job, text, ticket)

@@ -6,14 +6,16 @@ what comes next to the relay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
 from mixtral_client.protocol import JobAccepted, JobRequest, JobView, parse_event_id
 from mixtral_server import sse
 from mixtral_server.auth import Caller
+from mixtral_server.cursor import Followed, Tokens
 from mixtral_server.errors import JobNotFound, RequestRefused
 from mixtral_server.records import Snapshot
-from mixtral_server.relay import Followed
 from mixtral_server.routes.body import fingerprint, read_model
 from mixtral_server.routes.service import Route, Service
 from mixtral_server.routes.specs import job_spec
@@ -68,14 +70,21 @@ async def follow_job(service: Service, request: web.Request, caller: Caller) -> 
     after, crc = resume_point(request)
     job = await owned_job(service, request, caller, after=NOTHING_AFTER)
     service.refuse_while_draining()
-    following = service.follow(job.job_id, after, crc, is_resumable=True)
-    async with following, EventStream(service, request, "native") as stream:
-        await stream.write(sse.retry(RETRY_MS))
-        while not following.is_over:
-            batch = await following.batch(service.settings.ping_s)
-            if not batch and following.is_stopped:
-                break  # at an event's boundary and without a terminal event: the reader resumes at another server
-            await stream.write(encoded(batch) or sse.PING, sum(len(one.ids) for one in batch))
+    with service.relay.follow(job.job_id, after, crc) as follower:
+        async with EventStream(service, request, "native") as stream:
+            await stream.write(sse.retry(RETRY_MS))
+
+            def send(tokens: Tokens) -> bool:
+                if has_room := stream.has_room:
+                    stream.write_now(sse.native_token_events(tokens.rows()), len(tokens))
+                return has_room
+
+            follower.sink = send
+            while not follower.is_over:
+                batch = await follower.batch(service.settings.ping_s)
+                if not batch and follower.is_stopped:
+                    break  # at an event's boundary and without a terminal event: the reader resumes at another server
+                await stream.write(encoded(batch) or sse.PING, sum(len(one) for one in batch if isinstance(one, Tokens)))
     return stream.response
 
 
@@ -123,5 +132,5 @@ def resume_point(request: web.Request) -> tuple[int, int | None]:
         raise RequestRefused(str(error), param="Last-Event-ID" if "Last-Event-ID" in request.headers else "after") from error
 
 
-def encoded(batch: list[Followed]) -> bytes:
-    return b"".join(sse.encode(one.event, one.id) for one in batch)
+def encoded(batch: Sequence[Followed]) -> bytes:
+    return b"".join(sse.native_token_events(one.rows()) if isinstance(one, Tokens) else sse.encode(one.event, one.id) for one in batch)

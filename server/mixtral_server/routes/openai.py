@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 from aiohttp import web
@@ -30,16 +31,15 @@ from mixtral_client.protocol import (
     ModelCard,
     ModelList,
     RewindEvent,
-    TokenEvent,
     Usage,
 )
 from mixtral_server import sse
 from mixtral_server.auth import Caller
+from mixtral_server.cursor import Followed, Notice, TokenRow, Tokens
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import JobCancelled, JobExpired, JobFailed, ServiceError, Unavailable
-from mixtral_server.relay import Followed
+from mixtral_server.follower import Follower
 from mixtral_server.routes.body import fingerprint, read_model
-from mixtral_server.routes.following import Following
 from mixtral_server.routes.service import Route, Service
 from mixtral_server.routes.specs import chat_spec, completion_spec
 from mixtral_server.routes.stream import EventStream
@@ -84,11 +84,11 @@ OpenAIFinish: TypeAlias = Literal["stop", "length"]
 
 
 class Form(Protocol):
-    """How one job looks on one of the two routes. Chunks are plain dicts: one is built for every token."""
+    """How one job looks on one of the two routes."""
 
     def __init__(self, job_id: str, model: str, created: int) -> None: ...
 
-    def token(self, text: str) -> dict[str, Any]: ...
+    def tokens(self, rows: Sequence[TokenRow]) -> bytes: ...
 
     def last(self, finish: OpenAIFinish) -> dict[str, Any]: ...
 
@@ -102,10 +102,16 @@ class ChatForm:
         self._head = {"id": f"chatcmpl-{job_id}", "object": "chat.completion.chunk", "created": created, "model": model}
         self._is_first = True
 
-    def token(self, text: str) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if self._is_first else {"content": text}
+    def tokens(self, rows: Sequence[TokenRow]) -> bytes:
+        if not self._is_first:
+            return sse.token_events(self._pattern, rows)
         self._is_first = False
-        return self._chunk(delta, None)
+        opening = sse.token_pattern(self._chunk({"role": "assistant", "content": sse.HOLE}, None))
+        return sse.token_events(opening, rows[:1]) + sse.token_events(self._pattern, rows[1:])
+
+    @cached_property
+    def _pattern(self) -> bytes:
+        return sse.token_pattern(self._chunk({"content": sse.HOLE}, None))
 
     def last(self, finish: OpenAIFinish) -> dict[str, Any]:
         return self._chunk({"role": "assistant", "content": ""} if self._is_first else {}, finish)
@@ -126,8 +132,12 @@ class CompletionForm:
     def __init__(self, job_id: str, model: str, created: int) -> None:
         self._head = {"id": f"cmpl-{job_id}", "object": "text_completion", "created": created, "model": model}
 
-    def token(self, text: str) -> dict[str, Any]:
-        return self._chunk(text, None)
+    def tokens(self, rows: Sequence[TokenRow]) -> bytes:
+        return sse.token_events(self._pattern, rows)
+
+    @cached_property
+    def _pattern(self) -> bytes:
+        return sse.token_pattern(self._chunk(sse.HOLE, None))
 
     def last(self, finish: OpenAIFinish) -> dict[str, Any]:
         return self._chunk("", finish)
@@ -157,33 +167,37 @@ async def _call(
 ) -> web.StreamResponse:
     put = await service.put(request, caller, endpoint, spec, fingerprint(request.path, wanted))
     form = form_of(put.job_id, endpoint.name, int(service.now_s()))
-    following = service.follow(put.job_id, is_resumable=False)
-    try:
-        async with following:
+    with service.relay.follow(put.job_id, is_resumable=False, asks_place=False) as follower:
+        try:
             if not wanted.stream:
-                return await _whole(service, following, form)
+                return await _whole(service, follower, form)
             wants_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-            return await _Streaming(service, request, endpoint, following, form, wants_usage).run()
-    finally:
-        if not following.is_over and "Idempotency-Key" not in request.headers:
-            service.abandon(put.job_id)
+            return await _Streaming(service, request, endpoint, follower, form, wants_usage).run()
+        finally:
+            if not follower.is_over and "Idempotency-Key" not in request.headers:
+                service.abandon(put.job_id)
 
 
-async def _whole(service: Service, following: Following, form: Form) -> web.StreamResponse:
+async def _whole(service: Service, follower: Follower, form: Form) -> web.StreamResponse:
     """Wait for the end of the job, however long it takes."""
     texts: list[str] = []
+
+    def take(tokens: Tokens) -> bool:
+        texts.extend(tokens.texts)
+        return True
+
+    follower.sink = take
     while True:
-        for followed in await following.batch(service.settings.ping_s):
-            event = followed.event
-            if isinstance(event, TokenEvent):
-                texts.append(event.text)
-            elif isinstance(event, RewindEvent):
-                del texts[event.to :]  # one text per offset
-            elif (failure := failure_of(followed)) is not None:
+        for one in await follower.batch(service.settings.ping_s):
+            if isinstance(one, Tokens):
+                take(one)
+            elif isinstance(one.event, RewindEvent):
+                del texts[one.event.to :]  # one text per offset
+            elif (failure := failure_of(one)) is not None:
                 raise failure
-            elif isinstance(event, DoneEvent):
-                return web.json_response(body=form.whole("".join(texts), cast(OpenAIFinish, event.finish), event.usage))
-        if following.is_stopped:
+            elif isinstance(one.event, DoneEvent):
+                return web.json_response(body=form.whole("".join(texts), cast(OpenAIFinish, one.event.finish), one.event.usage))
+        if follower.is_stopped:
             raise stopping()
 
 
@@ -191,26 +205,28 @@ class _Streaming:
     """One streamed call: hold the head, then a chunk for every token, then the end."""
 
     def __init__(
-        self, service: Service, request: web.Request, endpoint: EndpointConfig, following: Following, form: Form, wants_usage: bool
+        self, service: Service, request: web.Request, endpoint: EndpointConfig, follower: Follower, form: Form, wants_usage: bool
     ) -> None:
         self._service = service
         self._request = request
         self._endpoint = endpoint
-        self._following = following
+        self._follower = follower
         self._form = form
         self._wants_usage = wants_usage
 
     async def run(self) -> web.StreamResponse:
         first = await self._until_first_token()
-        failures = (failure_of(one) for one in first)
-        if (failure := next(filter(None, failures), None)) is not None and not any(isinstance(one.event, TokenEvent) for one in first):
+        failures = (failure_of(one) for one in first if isinstance(one, Notice))
+        if (failure := next(filter(None, failures), None)) is not None and not any(isinstance(one, Tokens) for one in first):
             raise failure  # nothing was sent yet: it can be an HTTP status
         async with EventStream(self._service, self._request, "openai") as stream:
             try:
                 await self._send(stream, first)
-                while not self._following.is_over:
+                if not self._endpoint.coalesce_ms:
+                    self._follower.sink = lambda tokens: self._send_now(stream, tokens)
+                while not self._follower.is_over:
                     batch = await self._gathered()
-                    if not batch and self._following.is_stopped:
+                    if not batch and self._follower.is_stopped:
                         raise stopping()
                     await (self._send(stream, batch) if batch else stream.write(sse.PING))
             except ServiceError as error:
@@ -222,50 +238,57 @@ class _Streaming:
         clock = asyncio.get_running_loop().time
         began = clock()
         while (left_s := began + self._service.settings.head_hold_s - clock()) > 0:
-            batch = await self._following.batch(left_s)
-            if any(isinstance(one.event, TokenEvent) for one in batch):
+            batch = await self._follower.batch(left_s)
+            if any(isinstance(one, Tokens) for one in batch):
                 self._service.metrics.first_token_seconds.labels(self._endpoint.name).observe(clock() - began)
                 return batch
-            if self._following.is_over:
+            if self._follower.is_over:
                 return batch
-            if self._following.is_stopped:
+            if self._follower.is_stopped:
                 raise stopping()
         return []
 
     async def _gathered(self) -> list[Followed]:
         """The next events; with coalesce_ms, also those that come within it."""
-        batch = await self._following.batch(self._service.settings.ping_s)
-        if batch and self._endpoint.coalesce_ms and not self._following.is_over:
+        batch = await self._follower.batch(self._service.settings.ping_s)
+        if batch and self._endpoint.coalesce_ms and not self._follower.is_over:
             await asyncio.sleep(self._endpoint.coalesce_ms / 1000)
-            batch += await self._following.batch(0)
-        return merged(batch) if self._endpoint.coalesce_ms else batch
+            batch += await self._follower.batch(0)
+        return batch
+
+    def _send_now(self, stream: EventStream, tokens: Tokens) -> bool:
+        if has_room := stream.has_room:
+            stream.write_now(self._form.tokens(tokens.rows()), len(tokens))
+        return has_room
 
     async def _send(self, stream: EventStream, batch: Sequence[Followed]) -> None:
         """Raises the failure that the batch ends in, once what came before it is sent."""
         out: list[bytes] = []
+        rows: list[TokenRow] = []  # of neighbours that are not yet in out
         tokens = 0
         failure = None
-        for followed in batch:
-            event = followed.event
-            if isinstance(event, TokenEvent):
-                tokens += len(followed.ids)
-                out.append(sse.chunk(self._form.token(event.text), followed.id))
-            elif (failure := failure_of(followed)) is not None:
+        for one in batch:
+            if isinstance(one, Tokens):
+                tokens += len(one)
+                rows += one.rows()
+            elif (failure := failure_of(one)) is not None:
                 break
-            elif isinstance(event, DoneEvent):
-                out.append(sse.chunk(self._form.last(cast(OpenAIFinish, event.finish))))
+            elif isinstance(one.event, DoneEvent):
+                out.append(sse.chunk(self._form.last(cast(OpenAIFinish, one.event.finish))))
                 if self._wants_usage:
-                    out.append(sse.chunk(self._form.usage(event.usage)))
+                    out.append(sse.chunk(self._form.usage(one.event.usage)))
                 out.append(sse.DONE)
+        if rows:
+            out.insert(0, self._form.tokens(merged(rows) if self._endpoint.coalesce_ms else rows))
         if out:
             await stream.write(b"".join(out), tokens)
         if failure is not None:
             raise failure
 
 
-def failure_of(followed: Followed) -> ServiceError | None:
-    """The error that an event means for an OpenAI call: whatever is not a token, a pause, or an end by stop or length."""
-    event = followed.event
+def failure_of(notice: Notice) -> ServiceError | None:
+    """The error that an event means for an OpenAI call: whatever is not a pause, or an end by stop or length."""
+    event = notice.event
     if isinstance(event, ErrorEvent):
         return JobFailed(event.error)
     if isinstance(event, RewindEvent):
@@ -283,17 +306,10 @@ def stopping() -> Unavailable:
     return Unavailable("this server is stopping before the answer is whole; ask again and another one answers", retry_after_s=2)
 
 
-def merged(batch: Sequence[Followed]) -> list[Followed]:
-    """Neighbouring tokens as one, with the id of the last."""
-    out: list[Followed] = []
-    for one in batch:
-        before = out[-1] if out else None
-        if before is not None and isinstance(one.event, TokenEvent) and isinstance(before.event, TokenEvent):
-            event = TokenEvent(offset=one.event.offset, text=before.event.text + one.event.text)
-            out[-1] = Followed(event, one.id, (*before.ids, *one.ids))
-        else:
-            out.append(one)
-    return out
+def merged(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """All in one, with the id of the last."""
+    offset, crc, _ = rows[-1]
+    return [(offset, crc, "".join(text for _, _, text in rows))]
 
 
 ROUTES = (

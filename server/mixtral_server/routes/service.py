@@ -33,7 +33,6 @@ from mixtral_server.queue import JobQueue
 from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
 from mixtral_server.relay import Relay
-from mixtral_server.routes.following import Following
 from mixtral_server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,6 @@ class Service:
     new_seed: Callable[[], int]
     now_s: Callable[[], float]
     stages: Stages = field(default_factory=Stages)
-    followings: set[Following] = field(default_factory=set)
     requests: set[asyncio.Task[object]] = field(default_factory=set)
     """The handlers at work; the stores they use are closed after the last of them."""
 
@@ -169,14 +167,10 @@ class Service:
                     log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, self.settings.client_grace_s)
                 return
 
-    def follow(self, job_id: str, after: int = 0, crc: int | None = None, *, is_resumable: bool) -> Following:
-        """The job's events with pauses made visible. Use with `async with`."""
-        return Following(self.relay.follow(job_id, after, crc), self.followings, is_resumable=is_resumable)
-
-    def stop_followings(self, *, resumable_only: bool) -> None:
-        for following in self.followings:
-            if following.is_resumable or not resumable_only:
-                following.stop()
+    def stop_followers(self, *, resumable_only: bool) -> None:
+        for follower in self.relay.followers:
+            if follower.is_resumable or not resumable_only:
+                follower.stop()
 
 
 Answer: TypeAlias = Callable[[Service, web.Request, Caller], Awaitable[web.StreamResponse]]

@@ -12,6 +12,9 @@ from aiohttp import web
 from mixtral_server import sse
 from mixtral_server.routes.service import Service
 
+MAX_UNSENT_BYTES = 64 * 1024
+"""Bytes that wait for a reader's connection; beyond that it is written to under a deadline."""
+
 
 class EventStream:
     """`async with EventStream(...) as stream` sends the head; then write()."""
@@ -25,11 +28,24 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
+        self._is_chunked = self.response.headers.get("Transfer-Encoding") == "chunked"
         self._open_streams.inc()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._open_streams.dec()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether write_now() may be used: the reader is there and keeps up."""
+        transport = self._request.transport
+        return transport is not None and not transport.is_closing() and transport.get_write_buffer_size() < MAX_UNSENT_BYTES
+
+    def write_now(self, events: bytes, tokens: int) -> None:
+        """What write() does, without waiting."""
+        assert self._request.transport is not None  # has_room
+        self._request.transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
+        self._tokens_sent.inc(tokens)
 
     async def write(self, events: bytes, tokens: int = 0) -> None:
         """Raises ConnectionResetError when the reader is gone, or has taken nothing for write_timeout_s and is cut off."""

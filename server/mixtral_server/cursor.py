@@ -1,0 +1,122 @@
+"""Cursor: how far one reader is, and what it must be told next. Pure: it is shown log and news, and answers with events.
+
+Decides what is new to a reader, what it must take back, and the ids its events resume by. Leaves when to look at the log to
+follower.py, and how an event looks to the routes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mixtral_client.protocol import DoneEvent, ErrorEvent, MovedEvent, QueuedEvent, RewindEvent, event_id, ids_crc
+from mixtral_server.records import Entry, Snapshot
+
+TokenRow: TypeAlias = tuple[int, int, str]
+"""Offset, crc and text of one token."""
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Neighbouring tokens; offset is that of the first. Each has an id, a text, and the crc of all ids up to its own, which with its
+    offset makes the SSE id that resumes after it."""
+
+    offset: int
+    ids: Sequence[int]
+    texts: Sequence[str]
+    crcs: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self) -> list[TokenRow]:
+        return list(zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What is told of a job beside its tokens. id is the SSE id that resumes after it; None: keep the last one."""
+
+    event: QueuedEvent | MovedEvent | RewindEvent | DoneEvent | ErrorEvent
+    id: str | None = None
+
+
+Followed: TypeAlias = Tokens | Notice
+
+
+class Cursor:
+    """It keeps the ids that were sent, so that after a Redis that lost a suffix it knows how much of them still holds."""
+
+    __slots__ = ("_crc", "_ids", "_moves", "_resume")
+
+    def __init__(self, after: int = 0, crc: int | None = None) -> None:
+        self._resume: tuple[int, int | None] | None = (after, crc)
+        self._ids = array("I")
+        self._crc = 0
+        self._moves: int | None = None
+
+    @property
+    def offset(self) -> int:
+        return len(self._ids)
+
+    def start_over(self, snapshot: Snapshot) -> list[Followed]:
+        """snapshot: the whole log, read after offset 0. The first look must be this one."""
+        events = self._align(snapshot.ids)
+        return events + (self.catch_up(snapshot) or [])
+
+    def catch_up(self, snapshot: Snapshot) -> list[Followed] | None:
+        """snapshot: the log after this cursor's offset. None when it does not continue what was sent: then start over."""
+        if snapshot.n < self.offset:
+            return None
+        events: list[Followed] = []
+        if snapshot.entries:
+            texts = [text for entry in snapshot.entries for text in entry.texts]
+            tokens = self.add(Entry(snapshot.entries[0].first, snapshot.ids, texts))
+            if tokens is None:
+                return None
+            if tokens:
+                events.append(tokens)
+        moves = snapshot.attempt - (snapshot.state in ("leased", "streaming"))
+        if self._moves is not None and moves > self._moves and not snapshot.terminal:
+            events.append(Notice(MovedEvent(attempt=moves + 1)))
+        self._moves = moves
+        return events
+
+    def add(self, entry: Entry) -> Tokens | None:
+        """What of the entry is new to the reader, perhaps nothing. None when tokens before it are missing, or those sent were others."""
+        ids, texts = entry.ids, entry.texts
+        known = len(self._ids) - entry.first + 1
+        if known:
+            sent = self._ids[entry.first - 1 : entry.first - 1 + len(ids)]
+            if known < 0 or sent != array("I", ids[:known]):
+                return None
+            ids, texts = ids[known:], texts[known:]
+        first, crc, crcs = len(self._ids) + 1, self._crc, []
+        for token in ids:
+            crc = zlib.crc32(token.to_bytes(4, "little"), crc)
+            crcs.append(crc)
+        self._crc = crc
+        self._ids.extend(ids)
+        return Tokens(first, ids, texts, crcs)
+
+    def _align(self, log: Sequence[int]) -> list[Followed]:
+        """Keep as much of what was sent as the log holds, and say so if that is not all."""
+        if self._resume is not None:
+            (after, crc), self._resume = self._resume, None
+            is_prefix = after <= len(log) and crc in (None, ids_crc(log[:after]))
+            return self._keep(log[:after]) if is_prefix else self._rewind([])
+        sent = self._ids
+        same = next((i for i, (a, b) in enumerate(zip(sent, log, strict=False)) if a != b), min(len(sent), len(log)))
+        return self._rewind(log[:same]) if same < len(sent) else []
+
+    def _keep(self, ids: Sequence[int]) -> list[Followed]:
+        self._ids = array("I", ids)
+        self._crc = ids_crc(ids)
+        return []
+
+    def _rewind(self, ids: Sequence[int]) -> list[Followed]:
+        self._keep(ids)
+        return [Notice(RewindEvent(to=self.offset), event_id(self.offset, self._crc))]
