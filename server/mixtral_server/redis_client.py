@@ -51,6 +51,8 @@ _AWAY = (
     "MOVED",
 )
 """Words in Redis's answers that mean: not now. All others are mistakes of ours."""
+_ELSEWHERE = ("READONLY", "MASTERDOWN", "CLUSTERDOWN")
+"""Those that a node says which is master no more, or cut off from the others."""
 _WORD_OF: dict[type[Exception], str] = {
     redis_errors.OutOfMemoryError: "OOM",
     redis_errors.ReadOnlyError: "READONLY",
@@ -70,11 +72,16 @@ def redis_answers() -> Iterator[None]:
     except (redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
         raise RedisUnavailable(f"the queue's Redis does not answer ({type(error).__name__}); try again", retry_after_s=1.0) from error
     except redis_errors.ResponseError as error:
-        said = f"{_WORD_OF.get(type(error), '')} {error}"  # the client takes away the word that it made a class of
-        word = next((word for word in _AWAY if word in said), None)
+        word = _why_not_now(error)
         if word is None:
             raise
         raise RedisUnavailable(f"the queue's Redis takes no writes now ({word}); try again", retry_after_s=5.0) from error
+
+
+def _why_not_now(error: redis_errors.ResponseError) -> str | None:
+    """The client takes away the word that it made a class of; Redis 6.2 puts words of a script's inside into a longer sentence."""
+    said = f"{_WORD_OF.get(type(error), '')} {error}"
+    return next((word for word in _AWAY if word in said), None)
 
 
 # ---------------------------------------------------------------------------------------------- deadlines
@@ -283,8 +290,8 @@ class RedisClient(Redis):
                     raise
                 is_news = self._home.moved((error.host, int(error.port)))
                 await self._hang_up(in_use=is_news)
-            except (redis_errors.ReadOnlyError, redis_errors.ClusterDownError):  # a master no more, or one that is cut off
-                if self._home:
+            except redis_errors.ResponseError as error:
+                if self._home and _why_not_now(error) in _ELSEWHERE:
                     self._home.lost()
                     await self._hang_up(in_use=False)
                 raise

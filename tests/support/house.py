@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,9 +12,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import redis
-
+from support.ports import free_port
 from support.redis import RedisProcess, redis_binary
+from support.redis_kinds import ClusterRedis, SentinelRedis
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 40.0
@@ -23,12 +22,6 @@ END_S = 20.0
 BRISK, STEADY = "brisk", "steady"
 LEASES_S = {BRISK: 2.0, STEADY: 8.0}
 """Endpoint → lease: the one for tests that wait for a lapse, the other for tests that there is none."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Program:
@@ -127,20 +120,31 @@ class House:
         *("--worker_poll_s", "5", "--worker_claim_s", "1"),
     )
 
-    def __init__(self, folder: Path, *, replicas: int = 2, database_url: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        replicas: int = 2,
+        database_url: str = "",
+        on: RedisProcess | SentinelRedis | ClusterRedis | None = None,
+        redis_url: str = "",
+    ) -> None:
+        """on: another Redis than the one of its own; redis_url: another URL than that Redis names."""
         self._folder = folder
-        self.redis = RedisProcess(redis_binary("6.2"), "--appendonly", "yes", "--appendfsync", "everysec")
+        self._redis = on or RedisProcess(redis_binary("6.2"), "--appendonly", "yes", "--appendfsync", "everysec")
         self.data_dir = folder / "data"
         endpoints = folder / "endpoints"
         endpoints.mkdir(parents=True)
         for name, lease_s in LEASES_S.items():
             (endpoints / f"{name}.toml").write_text(f'name = "{name}"\nlease_s = {lease_s}\n')
         flags = [*self.flags, "--endpoint_dir", str(endpoints), *(("--database_url", database_url) if database_url else ())]
-        self.replicas = [Replica(self.data_dir, self.redis.url, folder / f"server-{number}.log", *flags) for number in range(replicas)]
+        self.replicas = [
+            Replica(self.data_dir, redis_url or self._redis.url, folder / f"server-{number}.log", *flags) for number in range(replicas)
+        ]
         self.workers: list[Program] = []
 
     def __enter__(self) -> House:
-        self.redis.__enter__()
+        self._redis.__enter__()
         try:
             self.restore()
         except BaseException:
@@ -152,14 +156,18 @@ class House:
         self.dismiss()
         for replica in self.replicas:
             replica.kill()
-        self.redis.__exit__()
+        self._redis.__exit__()
+
+    @property
+    def redis(self) -> RedisProcess:
+        assert isinstance(self._redis, RedisProcess)
+        return self._redis
 
     def restore(self) -> None:
         """Every replica runs, and nothing is left of earlier chats."""
-        if not self.redis.is_running:
-            self.redis.start()
-        with redis.Redis(unix_socket_path=str(self.redis.socket)) as client:
-            client.flushall()
+        if not self._redis.is_running:
+            self._redis.start()
+        self._redis.flush()
         for replica in self.replicas:
             if replica.is_running:
                 replica.signal(signal.SIGCONT)

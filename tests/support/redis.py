@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import redis
@@ -47,7 +48,10 @@ def connect(url: str) -> RedisClient:
 class RedisProcess:
     """One Redis as our child. `with RedisProcess(redis_binary("6.2")) as server:` – then server.url."""
 
-    def __init__(self, binary: Path, *arguments: str) -> None:
+    def __init__(self, binary: Path, *arguments: str, password: str = "", environment: Mapping[str, str] | None = None) -> None:
+        """password: that the arguments ask of the default user; environment: beside our own."""
+        self._password = password or None
+        self._environment = os.environ | (environment or {})
         self.folder = Path(tempfile.mkdtemp(prefix="mixtral-redis-"))
         self.socket = self.folder / "redis.sock"
         self.url = f"unix://{self.socket}"
@@ -60,7 +64,7 @@ class RedisProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.crash()  # one that writes its first log would refuse SIGTERM
         shutil.rmtree(self.folder)
 
     @property
@@ -72,17 +76,29 @@ class RedisProcess:
     def is_running(self) -> bool:
         return self._process is not None
 
-    def start(self) -> None:
+    def client(self) -> redis.Redis:
+        """The default user's, over the socket; use it in a `with`."""
+        return redis.Redis(unix_socket_path=str(self.socket), password=self._password, decode_responses=True)
+
+    def flush(self) -> None:
+        """Nothing is left in it."""
+        with self.client() as client:
+            client.flushall()
+
+    def start(self, *, is_awaited: bool = True) -> None:
         """Start it, or start it again; returns when it answers."""
         self._process = subprocess.Popen(
             self._command,
+            env=self._environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             restore_signals=False,  # SIGXFSZ stays ignored: a file that may not grow is an error to Redis, not its end
         )
+        if not is_awaited:
+            return
         deadline = time.monotonic() + START_TIMEOUT_S
-        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+        with self.client() as client:
             while True:
                 try:
                     client.ping()
