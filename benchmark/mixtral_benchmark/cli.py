@@ -10,12 +10,14 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mixtral_benchmark import compare, plots, report
+from mixtral_benchmark.chaos import House, HouseError, costs
 from mixtral_benchmark.flags import Flags, parse
 from mixtral_benchmark.intervals import confidence
 from mixtral_benchmark.run import Benchmark, Measured, NotRun
@@ -27,8 +29,22 @@ TABLE_COLUMNS = 120
 
 
 async def benchmark(flags: Flags, target: Target) -> int:
-    """Run, print, and give the exit code. Ctrl-C ends the load, not the report."""
-    run = Benchmark(flags, target, Console(stderr=True))
+    """Run, print, and give the exit code. With --chaos in a house of its own."""
+    console = Console(stderr=True)
+    if not flags.chaos:
+        return await _benchmark(flags, Benchmark(flags, target, console))
+    console.print("starting two replicas and two workers with the demo model", highlight=False)
+    try:
+        async with House(flags.endpoint_name) as house:
+            flags = replace(flags, api_server=house.target.url)
+            return await _benchmark(flags, Benchmark(flags, house.target, console, house))
+    except HouseError as refused:
+        print(refused, file=sys.stderr)
+        return NOT_RUN
+
+
+async def _benchmark(flags: Flags, run: Benchmark) -> int:
+    """Ctrl-C ends the load, not the report."""
     interrupted = False
     try:
         await run()
@@ -73,8 +89,9 @@ def publish(flags: Flags, run: Benchmark) -> bool:
 
 def outcome_of(measured: Measured, run: Benchmark) -> dict[str, Any]:
     facts = report.circumstances(measured.flags.shown(), run.server)
-    chats = measured.load.chats
-    return report.result(chats, measured.figures, facts, measured.client_cpu_share, confidence(chats))
+    load = measured.load
+    outcome = report.result(load.chats, measured.figures, facts, measured.client_cpu_share, confidence(load.chats))
+    return outcome | ({"kills": costs(measured.incidents, load.chats, load.started_s)} if measured.flags.chaos else {})
 
 
 def _is_written(name: str, path: Path | None, write: Callable[[Path], Any]) -> bool:

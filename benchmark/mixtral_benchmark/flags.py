@@ -19,6 +19,7 @@ from mixtral_benchmark.goals import MEASURES, parse_goals
 from mixtral_benchmark.prompts import START_PROMPT
 from mixtral_benchmark.wires import Target
 
+DEFAULT_SERVER = "http://127.0.0.1:7777"
 DEFAULT_REQUESTS = 64
 DEFAULT_CONCURRENCY = 16
 DEFAULT_CONCURRENCY_SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,6 +53,8 @@ examples
         what was asked on Monday, twice as fast
   python -m benchmark --total_requests 64 --verify
         also checks every stream against the server's log of the chat
+  python -m benchmark --chaos --total_requests 200
+        a house of its own, whose replicas and workers are killed meanwhile; what each kill cost, and that no token was lost
   python -m benchmark --base_url http://gpu-box:8000/v1 --endpoint_name mistralai/Mixtral-8x7B-Instruct-v0.1
         any other server that speaks OpenAI's API
   python -m benchmark compare before.json after.json
@@ -78,6 +81,8 @@ class Flags:
     trace_speed: float
     sweep_concurrency: tuple[int, ...] | None
     sweep_rate: tuple[float, ...] | None
+    chaos: bool
+    chaos_every_s: float
     warmup_requests: int
     timeout_s: float
     prompt: str | None
@@ -248,7 +253,7 @@ _Group = argparse._ArgumentGroup
 
 
 def _add_target(group: _Group) -> None:
-    group.add_argument("-as", "--api_server", type=server_url, default="http://127.0.0.1:7777", metavar="URL", help="default %(default)s")
+    group.add_argument("-as", "--api_server", type=server_url, metavar="URL", help=f"default {DEFAULT_SERVER}")
     group.add_argument("--base_url", type=server_url, metavar="URL", help="the same, by the name OpenAI's packages give it; ends in /v1")
     group.add_argument(
         "-ep", "--endpoint_name", default="mixtral_chat", metavar="NAME", help="the model id to ask for; default %(default)s"
@@ -300,6 +305,12 @@ def _add_load(group: _Group) -> None:
         metavar="R,R,…",
         help="the same over rates, until the server falls behind; default 0.5,1,2 … 64",
     )
+    group.add_argument(
+        "--chaos",
+        action="store_true",
+        help="start two replicas and two workers with the demo model here, and kill one after another while the load runs",
+    )
+    group.add_argument("--chaos_every_s", type=_positive, default=15.0, metavar="S", help="between two kills; default %(default)g")
     group.add_argument(
         "--warmup_requests",
         type=_count_or_zero,
@@ -361,8 +372,8 @@ def parse(argv: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[F
     if conflict := _conflict(given):
         reader.error(conflict)
     values = {name: value for name, value in vars(given).items() if name not in ("api_key", "base_url")}
-    values |= {"api": given.api or ("native" if given.verify else "openai"), "slo": tuple(given.slo)}
-    values["api_server"] = given.base_url or given.api_server
+    values |= {"api": given.api or ("native" if given.verify or given.chaos else "openai"), "slo": tuple(given.slo)}
+    values["api_server"] = given.base_url or given.api_server or DEFAULT_SERVER
     if not _set_of(given, *TEXTS):
         values["prompt"] = START_PROMPT
     if given.trace is None and given.total_requests is None:
@@ -378,6 +389,10 @@ def _conflict(given: argparse.Namespace) -> str | None:
     texts, paces = _set_of(given, *TEXTS), _set_of(given, *PACES)
     rules = {
         "--verify compares native streams with the log of their job; leave out --api": given.verify and given.api not in (None, "native"),
+        "--chaos starts a server of its own; leave out --api_server, --base_url and --api_key": given.chaos
+        and bool(given.api_server or given.base_url or given.api_key),
+        "--chaos reads every stream with the client that resumes; leave out --api": given.chaos and given.api not in (None, "native"),
+        "--chaos is one run; leave out the sweep": given.chaos and bool(given.sweep_concurrency or given.sweep_rate),
         f"{' and '.join(texts)} each say what to ask; give one": len(texts) > 1,
         f"{' and '.join(paces)} each say when to send; give one": len(paces) > 1,
         "--sweep_concurrency sets how many chats run at once; leave out --concurrent_requests": given.sweep_concurrency

@@ -155,6 +155,8 @@ def show(console: Console, chats: Sequence[Chat], outcome: Mapping[str, Any]) ->
     table = latencies(outcome)
     if table.row_count:
         console.print(table, highlight=False)
+    if outcome.get("kills"):
+        console.print(kill_table(outcome["kills"]), highlight=False)
     if outcome["failures"]:
         console.print(failure_table(chats), highlight=False)
     if outcome["client_cpu_share"] > SATURATED_CPU_SHARE:
@@ -243,6 +245,17 @@ def show_sweep(console: Console, outcomes: Sequence[Mapping[str, Any]], saturate
     console.print(table, highlight=False)
     if saturated:
         console.print(f"The sweep ended there: {saturated}.", highlight=False)
+
+
+def kill_table(kills: Sequence[Mapping[str, Any]]) -> Table:
+    """What was killed while the load ran, and what it cost the chats that were streaming."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("killed", "at s", "back after s", "chats streaming", "their pause p50 s", "longest"):
+        table.add_column(heading, justify="left" if heading == "killed" else "right")
+    for kill in kills:
+        seconds = (number(kill[key]) for key in ("at_s", "back_after_s"))
+        table.add_row(kill["what"], *seconds, str(kill["streaming"]), number(kill["median_pause_s"]), number(kill["max_pause_s"]))
+    return table
 
 
 def failure_table(chats: Sequence[Chat]) -> Table:

@@ -10,7 +10,8 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.console import Console
 from mixtral_benchmark.aime import AimeWire, ask_aime_server
 from mixtral_benchmark.arrivals import Pace, moments_s
 from mixtral_benchmark.calibrate import Ruler, calibrate
+from mixtral_benchmark.chaos import House, Incident, ResumingWire, clients_of
 from mixtral_benchmark.flags import DEFAULT_REQUESTS, Flags
 from mixtral_benchmark.goals import goodput
 from mixtral_benchmark.load import Load, MonotonicClock, Plan
@@ -46,6 +48,7 @@ from mixtral_benchmark.wires import (
     ask_server,
     open_http,
 )
+from mixtral_client.client import MixtralClient
 from mixtral_client.errors import MixtralError, NotAllowed, NotAuthenticated
 
 WORTH_MORE = 1.05
@@ -65,6 +68,7 @@ class Measured:
     flags: Flags
     load: Load
     client_cpu_share: float = 0.0
+    incidents: list[Incident] = field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -76,8 +80,10 @@ class Measured:
 class Benchmark:
     """runs holds what was measured, also after an interruption."""
 
-    def __init__(self, flags: Flags, target: Target, console: Console) -> None:
-        self._flags, self._target, self._console = flags, target, console
+    def __init__(self, flags: Flags, target: Target, console: Console, house: House | None = None) -> None:
+        """house: what to break meanwhile; target is then its own."""
+        self._flags, self._target, self._console, self._house = flags, target, console, house
+        self._clients: list[MixtralClient] = []
         self._clock = MonotonicClock()
         self.server: ServerFacts | None = None
         self.runs: list[Measured] = []
@@ -85,7 +91,10 @@ class Benchmark:
         """Why a sweep ended before its last level."""
 
     async def __call__(self) -> None:
-        async with open_http(self._target) as http:
+        async with AsyncExitStack() as stack:
+            http = await stack.enter_async_context(open_http(self._target))
+            if self._house:
+                self._clients = await stack.enter_async_context(clients_of(self._house))
             self.server = server = await check(http, self._target, self._flags.api)
             self._say(f"target   {self._target.url}, endpoint {self._target.endpoint}, by its {self._flags.api} API")
             for flags in self._flags.runs:
@@ -145,17 +154,23 @@ class Benchmark:
             run = Measured(flags, Load(plan, self._wire(http, watcher), self._clock, watcher))
             self.runs.append(run)
             try:
-                await self._send(run.load, watcher)
+                await self._send(run.load, watcher, run.incidents)
             finally:
                 run.client_cpu_share = (time.process_time() - cpu_s) / max(run.load.ended_s - run.load.started_s, 1e-9)
 
-    async def _send(self, load: Load, watcher: Shown) -> None:
-        async with asyncio.TaskGroup() as beside:
-            silence = beside.create_task(note_silence(watcher, self._clock))
+    async def _send(self, load: Load, watcher: Shown, incidents: list[Incident] | None = None) -> None:
+        async with asyncio.TaskGroup() as group:
+            beside = [group.create_task(note_silence(watcher, self._clock))]
+            if self._house and incidents is not None:
+                breaking = self._house.break_things(self._clock, self._flags.chaos_every_s, self._flags.seed or 0, incidents)
+                beside.append(group.create_task(breaking))
             await load.run()
-            silence.cancel()
+            for task in beside:
+                task.cancel()
 
     def _wire(self, http: aiohttp.ClientSession, watcher: Shown) -> Wire:
+        if self._clients:
+            return ResumingWire(self._clients, http, self._target, self._clock.now, watcher.arrived)
         if self._flags.api == "native":
             return NativeWire(http, self._target, self._clock.now, watcher.arrived, verify=self._flags.verify)
         kind = AimeWire if self._flags.api == "aime" else OpenAIWire
