@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PORT ?= 7777
+SEED ?= 1
+SECONDS ?= 40
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DONE := .venv/installed
@@ -10,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTHON_FILES := server worker clients/python benchmark tests demo.py
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install demo smoke test check format bench clean
+.PHONY: help install demo smoke test faults chaos check format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -25,6 +27,12 @@ smoke: $(DONE)/test  ## the demo on a free port: one chat by the openai package,
 
 test: $(DONE)/test  ## every test: Python, JavaScript, browser, system
 	@$(PY) -m pytest -q --durations=10
+
+faults: $(DONE)/test  ## every row of the fault matrix (docs/reliability.md): real kills, stops and broken networks
+	@$(PY) -m pytest -q --durations=10 tests/faults
+
+chaos: $(DONE)/test  ## random faults under load, every chat checked to the token (SEED=1 SECONDS=40)
+	@PYTHONPATH=tests $(PY) -m faults.chaos --seed $(SEED) --seconds $(SECONDS)
 
 check: $(DONE)/check  ## ruff, mypy --strict, import rules, node --check
 	@.venv/bin/ruff check $(PYTHON_FILES)

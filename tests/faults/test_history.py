@@ -92,6 +92,20 @@ def test_history_that_breaks_a_promise_is_named(breaking: Callable[[Events], Eve
         judge(breaking(promised()))
 
 
+def test_cancelled_history_is_a_beginning_and_only_for_who_asked() -> None:
+    done = ("", DoneEvent(finish="cancelled", usage=Usage(completion_tokens=4)))
+    view = VIEW.model_copy(
+        update={"state": "cancelled", "finish": "cancelled", "tokens": 4, "text": "".join(t[1].text for t in promised()[1:5])}
+    )
+    cut = Chat("hello", 7, TOKENS, "brisk", job_id="job", events=[*promised()[:5], done])
+    with pytest.raises(Broken, match="ended by cancelled"):
+        check(cut, view)
+    cut.is_cancelled = True
+    check(cut, view)
+    with pytest.raises(Broken):
+        check(cut, view.model_copy(update={"text": "other"}))
+
+
 @pytest.mark.parametrize(
     "changes", [{"text": "other"}, {"state": "failed"}, {"tokens": TOKENS - 1}], ids=lambda changes: next(iter(changes))
 )

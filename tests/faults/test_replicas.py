@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
+from support.chaos_load import NodeReader
 from support.fault_proxy import FaultProxy
-from support.history import Chat, OpenAIStream, Readers, read_openai
+from support.history import Chat, OpenAIStream, Readers, check, read_openai
 from support.house import STEADY, House, Replica
 from support.http import until
-from support.node import find_node
 from support.toy_model import answer_to
 
 pytestmark = pytest.mark.timeout(90)
@@ -37,25 +35,15 @@ async def test_killed_replica_costs_its_readers_a_new_connection_and_no_token(ho
     assert [(await readers.view(chat)).attempt for chat in chats] == [1] * 4
 
 
-async def test_javascript_client_goes_on_at_another_replica_when_its_own_is_killed(house: House) -> None:
-    async with FaultProxy(*house.urls) as proxy:
+async def test_javascript_client_goes_on_at_another_replica_when_its_own_is_killed(house: House, readers: Readers, tmp_path: Path) -> None:
+    async with FaultProxy(*house.urls) as proxy, NodeReader(house.urls, house.key("client"), tmp_path / "node.log") as node:
         await house.hire(proxy.url, endpoint=STEADY)
         chat = Chat("asked from JavaScript", 11, 40, STEADY)
-        script = Path(__file__).with_name("follow_chat.mjs")
-        words = [str(find_node()), str(script), ",".join(house.urls), house.key("client"), json.dumps(chat.body)]
-        node = await asyncio.create_subprocess_exec(*words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE)
-        assert node.stdout is not None
-        lines: list[dict[str, Any]] = []
-        async with asyncio.timeout(30):
-            async for line in node.stdout:
-                lines.append(json.loads(line))
-                if lines[-1].get("offset") == 5:
-                    house.a.kill()
-            assert await node.wait() == 0
-    tokens = [line for line in lines if line["event"] == "token"]
-    assert [token["offset"] for token in tokens] == list(range(1, 41))
-    assert "".join(token["text"] for token in tokens) == answer_to(chat.content, chat.seed, chat.tokens).text
-    assert [line["event"] for line in lines].count("done") == 1
+        reading = asyncio.create_task(node.read(chat))
+        await chat.reach(5)
+        house.a.kill()
+        await reading
+        check(chat, await readers.view(chat))
 
 
 async def test_openai_call_cut_by_a_killed_replica_is_taken_up_by_its_idempotency_key(house: House, readers: Readers) -> None:

@@ -14,14 +14,16 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import aiohttp
 
 from mixtral_client import MixtralClient, Retry
+from mixtral_client.errors import JobFailed
 from mixtral_client.protocol import (
     TERMINAL_EVENTS,
     DoneEvent,
+    ErrorDetail,
     ErrorEvent,
     JobEvent,
     JobView,
@@ -34,14 +36,23 @@ from mixtral_client.protocol import (
 from mixtral_client.resume import EVENTS
 from mixtral_client.sse import SseDecoder
 from support.http import until
-from support.toy_model import answer_to
+from support.toy_model import ToyAnswer, answer_to
 
 SILENCE_S = 8.0  # of a stream: comments come twice a second
+ANSWER = aiohttp.ClientTimeout(total=SILENCE_S)
+PASSING = (502, 503, 504)  # the middle one is the service's, the others a balancer's that reaches no replica
 RETRY_S = 0.1
 
 
+Fault: TypeAlias = Literal["lost", "repeated", "reordered", "wrong text", "failed"]
+
+
 class Broken(AssertionError):
-    """A history that was promised not to happen; the message says where."""
+    """A history that was promised not to happen; the message says where, `fault` in one word what."""
+
+    def __init__(self, fault: Fault, sentence: str) -> None:
+        super().__init__(sentence)
+        self.fault = fault
 
 
 @dataclass
@@ -57,6 +68,7 @@ class Chat:
     connections: int = 0
     refusals: list[int] = field(default_factory=list)  # statuses other than 2xx that the reader met
     comments: int = 0
+    is_cancelled: bool = False  # its reader asked for its end: it may be shorter than it would have been
     task: asyncio.Task[None] | None = None
 
     @property
@@ -104,37 +116,54 @@ class Chat:
 def check(chat: Chat, view: JobView) -> None:
     """Raises Broken unless the history is the promised one. view: the job as a server shows it afterwards."""
     name = f"job {chat.job_id}"
-    expected = answer_to(chat.content, chat.seed, chat.tokens)
-    texts: list[str] = []
-    attempt = 0
     ends = [one for _, one in chat.events if one.event in TERMINAL_EVENTS]
     if len(ends) != 1 or chat.events[-1][1] is not ends[0]:
-        raise Broken(f"{name} had {len(ends)} terminal events, one at the very end was promised")
-    for id, one in chat.events:
+        raise Broken("repeated" if ends else "lost", f"{name} had {len(ends)} terminal events, one at the very end was promised")
+    if isinstance(ends[0], ErrorEvent):
+        raise Broken("failed", f"{name} failed: {ends[0].error}")
+    done = ends[0]
+    assert isinstance(done, DoneEvent)
+    expected = answer_to(chat.content, chat.seed, chat.tokens)
+    texts = _texts(chat, expected, name)
+    count, finish = (len(texts), "cancelled") if done.finish == "cancelled" and chat.is_cancelled else (chat.tokens, "length")
+    if (done.finish, done.usage.completion_tokens, len(texts)) != (finish, count, count):
+        raise Broken("lost", f"{name} ended by {done.finish} with {len(texts)} tokens of {chat.tokens}, usage {done.usage}")
+    text = "".join(texts)
+    if text != view.text or not (text == expected.text or (finish == "cancelled" and expected.text.startswith(text))):
+        raise Broken("wrong text", f"{name} reads {text!r}; its log {view.text!r}; the model says {expected.text!r}")
+    if (view.state, view.tokens, view.finish) != ("done" if finish == "length" else finish, count, finish):
+        raise Broken("lost", f"{name} ended as {view.state} with {view.tokens} tokens, its reader was told {done}")
+
+
+def _texts(chat: Chat, expected: ToyAnswer, name: str) -> list[str]:
+    """The text of each token that stands at the end. Raises Broken for offsets out of order and ids that are not the model's."""
+    texts: list[str] = []
+    attempt = 0
+    for at, (id, one) in enumerate(chat.events):
         if isinstance(one, TokenEvent):
             if one.offset != len(texts) + 1:
-                raise Broken(f"{name} brought token {one.offset} after token {len(texts)}")
+                raise Broken(_disorder(chat, at, len(texts) + 1), f"{name} brought token {one.offset} after token {len(texts)}")
             texts.append(one.text)
         elif isinstance(one, RewindEvent):
             if not 0 <= one.to < len(texts):
-                raise Broken(f"{name} was rewound to {one.to} at token {len(texts)}")
+                raise Broken("reordered", f"{name} was rewound to {one.to} at token {len(texts)}")
             del texts[one.to :]
         elif isinstance(one, MovedEvent):
             if one.attempt <= attempt:
-                raise Broken(f"{name} moved to attempt {one.attempt} after {attempt}")
+                raise Broken("repeated", f"{name} moved to attempt {one.attempt} after {attempt}")
             attempt = one.attempt
         if isinstance(one, TokenEvent | RewindEvent) and id != event_id(len(texts), ids_crc(expected.ids[: len(texts)])):
-            raise Broken(f"{name} has other ids than the model's at or before token {len(texts)}: event id {id}")
-    if isinstance(ends[0], ErrorEvent):
-        raise Broken(f"{name} failed: {ends[0].error}")
-    done = ends[0]
-    assert isinstance(done, DoneEvent)
-    if (done.finish, done.usage.completion_tokens, len(texts)) != ("length", chat.tokens, chat.tokens):
-        raise Broken(f"{name} ended by {done.finish} with {len(texts)} tokens of {chat.tokens}, usage {done.usage}")
-    if not "".join(texts) == view.text == expected.text:
-        raise Broken(f"{name} reads {''.join(texts)!r}; its log {view.text!r}; the model says {expected.text!r}")
-    if (view.state, view.tokens, view.finish) != ("done", chat.tokens, done.finish):
-        raise Broken(f"{name} ended as {view.state} with {view.tokens} tokens, its reader was told {done}")
+            raise Broken("wrong text", f"{name} has other ids than the model's at or before token {len(texts)}: event id {id}")
+    return texts
+
+
+def _disorder(chat: Chat, at: int, due: int) -> Fault:
+    """What is wrong with the token at this place, where another was due."""
+    came = chat.events[at][1]
+    assert isinstance(came, TokenEvent)
+    if came.offset < due:
+        return "repeated"
+    return "reordered" if any(isinstance(one, TokenEvent) and one.offset == due for _, one in chat.events[at:]) else "lost"
 
 
 class Readers:
@@ -147,7 +176,7 @@ class Readers:
 
     async def __aenter__(self) -> Readers:
         self.http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {self._key}"}, connector=aiohttp.TCPConnector(limit=0))
-        self.client = MixtralClient(self._urls, self._key, retry=Retry(first_wait_s=RETRY_S, max_wait_s=1.0))
+        self.client = MixtralClient(self._urls, self._key, retry=Retry(first_wait_s=RETRY_S, max_wait_s=1.0, give_up_after_s=60.0))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -161,9 +190,13 @@ class Readers:
     def start(self, content: str, *, tokens: int = 30, seed: int = 7, model: str = "brisk", by_client: bool = False) -> Chat:
         """Put a chat and read it in a task of its own; by_client: with the Python client instead of over the raw wire."""
         chat = Chat(content, seed, tokens, model)
-        chat.task = asyncio.create_task(self._by_client(chat) if by_client else self._raw(chat))
+        chat.task = asyncio.create_task(self.read(chat, by_client=by_client))
         self._chats.append(chat)
         return chat
+
+    async def read(self, chat: Chat, *, by_client: bool = False) -> None:
+        """Put the chat and read it to its end."""
+        await (self._by_client(chat) if by_client else self._raw(chat))
 
     async def ended(self, *chats: Chat) -> None:
         """Wait for the ends of the chats and check each history."""
@@ -179,9 +212,12 @@ class Readers:
 
     async def _by_client(self, chat: Chat) -> None:
         async with self.client.stream(chat.content, max_tokens=chat.tokens, seed=chat.seed, model=chat.model) as stream:
-            async for event in stream:
-                chat.job_id = stream.job_id
-                chat.events.append((stream.last_id, event))
+            try:
+                async for event in stream:
+                    chat.job_id = stream.job_id
+                    chat.events.append((stream.last_id, event))
+            except JobFailed as error:
+                chat.events.append(("", ErrorEvent(error=ErrorDetail(message=str(error), type=error.kind or "", code=error.code))))
 
     async def _raw(self, chat: Chat) -> None:
         await self._put(chat)
@@ -197,13 +233,14 @@ class Readers:
         headers = {"Idempotency-Key": uuid.uuid4().hex}
         turn = 0
         while not chat.job_id:
-            with contextlib.suppress(aiohttp.ClientError, OSError):
-                async with self.http.post(f"{self._urls[turn % len(self._urls)]}/v1/jobs", json=chat.body, headers=headers) as answer:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                url = f"{self._urls[turn % len(self._urls)]}/v1/jobs"
+                async with self.http.post(url, json=chat.body, headers=headers, timeout=ANSWER) as answer:
                     if answer.status in (200, 202):
                         chat.job_id = (await answer.json())["id"]
                         return
                     chat.refusals.append(answer.status)
-                    if answer.status != 503:
+                    if answer.status not in PASSING:
                         raise AssertionError(f"{answer.status}: {await answer.text()}")
             turn += 1
             await asyncio.sleep(RETRY_S)
@@ -215,7 +252,7 @@ class Readers:
         async with self.http.get(f"{url}/v1/jobs/{chat.job_id}/events", headers=headers, timeout=limits) as answer:
             if answer.status != 200:
                 chat.refusals.append(answer.status)
-                assert answer.status == 503, await answer.text()
+                assert answer.status in PASSING, await answer.text()
                 return
             chat.connections += 1
             async for piece in answer.content.iter_any():
@@ -231,6 +268,7 @@ class OpenAIStream:
     text: str = ""
     is_done: bool = False
     error: str = ""
+    job_id: str = ""
 
 
 async def read_openai(answer: aiohttp.ClientResponse, seen: OpenAIStream) -> None:
@@ -245,4 +283,5 @@ async def read_openai(answer: aiohttp.ClientResponse, seen: OpenAIStream) -> Non
             if "error" in chunk:
                 seen.error = chunk["error"]["code"]
                 continue
+            seen.job_id = chunk["id"].removeprefix("chatcmpl-")
             seen.text += "".join(one["delta"].get("content", "") for one in chunk["choices"])

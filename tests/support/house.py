@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from support.ports import free_port
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 40.0
 END_S = 20.0
 BRISK, STEADY = "brisk", "steady"
+KEEP_S = 120.0  # of finished chats: a run of many minutes must not grow by them
 LEASES_S = {BRISK: 2.0, STEADY: 8.0}
 """Endpoint → lease: the one for tests that wait for a lapse, the other for tests that there is none."""
 
@@ -126,17 +128,18 @@ class House:
         *,
         replicas: int = 2,
         database_url: str = "",
+        leases_s: Mapping[str, float] = LEASES_S,
         on: RedisProcess | SentinelRedis | ClusterRedis | None = None,
         redis_url: str = "",
     ) -> None:
-        """on: another Redis than the one of its own; redis_url: another URL than that Redis names."""
+        """leases_s: endpoint → lease of its workers; on: another Redis than the one of its own; redis_url: another URL than that names."""
         self._folder = folder
         self._redis = on or RedisProcess(redis_binary("6.2"), "--appendonly", "yes", "--appendfsync", "everysec")
         self.data_dir = folder / "data"
         endpoints = folder / "endpoints"
         endpoints.mkdir(parents=True)
-        for name, lease_s in LEASES_S.items():
-            (endpoints / f"{name}.toml").write_text(f'name = "{name}"\nlease_s = {lease_s}\n')
+        for name, lease_s in leases_s.items():
+            (endpoints / f"{name}.toml").write_text(f'name = "{name}"\nlease_s = {lease_s}\nkeep_s = {KEEP_S}\n')
         flags = [*self.flags, "--endpoint_dir", str(endpoints), *(("--database_url", database_url) if database_url else ())]
         self.replicas = [
             Replica(self.data_dir, redis_url or self._redis.url, folder / f"server-{number}.log", *flags) for number in range(replicas)
@@ -195,14 +198,19 @@ class House:
 
     async def hire(self, url: str = "", *, endpoint: str = BRISK, slots: int = 8, token_ms: float = 30, poison: str = "") -> Program:
         """A toy worker that has logged in."""
+        worker = self.engage(url, endpoint=endpoint, slots=slots, token_ms=token_ms, poison=poison)
+        worker.start()
+        await worker.hears("event=session_opened")
+        return worker
+
+    def engage(self, url: str = "", *, endpoint: str = BRISK, slots: int = 8, token_ms: float = 30, poison: str = "") -> Program:
+        """A toy worker that has yet to start."""
         number = len(self.workers) + 1
         words = ["--api_server", url or self.a.url, "--endpoint", endpoint, "--slots", str(slots), "--token_ms", str(token_ms)]
         words += ["--name", f"toy-{number}", "--poison", poison]
         log = self._folder / f"worker-{time.monotonic_ns()}.log"
         worker = Program("support.toy_worker", words, log, MIXTRAL_WORKER_KEY=self.key("worker"))
-        worker.start()
         self.workers.append(worker)
-        await worker.hears("event=session_opened")
         return worker
 
     def dismiss(self) -> None:

@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
     flags.add_argument("--token_ms", type=float, default=10.0)
     flags.add_argument("--poison", default="")
     given = flags.parse_args(arguments)
-    LOG.addHandler(logging.StreamHandler(sys.stderr))
+    told = logging.StreamHandler(sys.stderr)
+    told.setFormatter(logging.Formatter("time=%(created).3f %(message)s"))
+    LOG.addHandler(told)
     LOG.setLevel("INFO")
     return serve(given, Signals())
 
