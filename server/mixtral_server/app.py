@@ -167,6 +167,7 @@ def limits_of(endpoint: EndpointConfig) -> QueueLimits:
         lease_s=endpoint.lease_s,
         report_interval_ms=endpoint.report_interval_ms,
         result_ttl_s=endpoint.keep_s,
+        dead_ttl_s=endpoint.keep_dead_s,
         max_sessions_per_key=endpoint.sessions_per_key,
     )
 

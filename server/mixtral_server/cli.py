@@ -1,4 +1,4 @@
-"""`mixtral-server`, `python -m server`: flags and environment → Settings → a running server; also `keys` and `migrate`.
+"""`mixtral-server`, `python -m server`: flags and environment → Settings → a running server; also `keys`, `dead` and `migrate`.
 
 Decides what an operator types and reads. Leaves every knob to settings.py and running to app.py.
 """
@@ -21,6 +21,7 @@ from mixtral_server.accounts import Accounts, KeyNotFound
 from mixtral_server.apikeys import SCOPES, ApiKey, KeyLimits, Scope
 from mixtral_server.app import Started, StartError, serve
 from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
+from mixtral_server.dead_cli import add_dead_commands, run_dead
 from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoints
 from mixtral_server.errors import ServiceError
 from mixtral_server.routes.pages import page_folder
@@ -60,14 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _log_to_stderr(settings.log_level)
             asyncio.run(_serve(settings, endpoints))
         else:
-            _maintain(settings, flags)
+            _maintain(settings, endpoints, flags)
     except (StartError, SchemaError, KeyNotFound) as error:
         _end(f"mixtral-server: {error}", 1)
     except ServiceError as error:
         _end(f"mixtral-server: {error.message}", 1)
 
 
-def _maintain(settings: Settings, flags: argparse.Namespace) -> None:
+def _maintain(settings: Settings, endpoints: Mapping[str, EndpointConfig], flags: argparse.Namespace) -> None:
+    if flags.command == "dead":
+        sys.exit(asyncio.run(run_dead(settings, endpoints, flags)))
     try:
         asyncio.run(_keys(settings, flags) if flags.command == "keys" else _migrate(settings))
     except DatabaseError as error:
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mixtral-server", description=ABOUT, epilog=EXAMPLES, formatter_class=form, parents=[table], allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=version("mixtral-chat"))
-    commands = parser.add_subparsers(dest="command", metavar="{keys,migrate}", title="commands (none: serve)")
+    commands = parser.add_subparsers(dest="command", metavar="{keys,dead,migrate}", title="commands (none: serve)")
     commands.add_parser("migrate", help="bring the database's tables up to date", parents=[table], allow_abbrev=False)
     keys = commands.add_parser("keys", help="list, create, change or revoke API keys", allow_abbrev=False)
     acts = keys.add_subparsers(dest="act", required=True)
@@ -106,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _limit_flags(change)
     revoke = acts.add_parser("revoke", help="end a key; every server refuses it within 5 s", parents=[table], allow_abbrev=False)
     revoke.add_argument("key", help="its id, its visible prefix or its name, as `keys list` shows them")
+    add_dead_commands(commands, table)
     return parser
 
 

@@ -48,6 +48,9 @@ class EndpointConfig(BaseModel):
     ] = 0
     queue_timeout_s: Annotated[float, Field(gt=0, description="a job that no worker began by then expires")] = 3600.0
     keep_s: Annotated[float, Field(ge=1, description="how long a finished job can be read, in seconds")] = 3600.0
+    keep_dead_s: Annotated[float, Field(ge=1, description="how long a job that was given up can be looked at and retried, in seconds")] = (
+        604_800.0
+    )
     lease_s: Annotated[float, Field(ge=1, le=300, description="a worker silent for so long loses its jobs")] = 10.0
     report_interval_ms: Annotated[int, Field(ge=1, le=5000, description="how often a busy worker reports")] = 20
     sessions_per_key: Annotated[int, Field(ge=1, description="workers logged in with one key at a time")] = 64

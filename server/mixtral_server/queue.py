@@ -11,11 +11,9 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import orjson
-from redis.commands.core import AsyncScript
 
 from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.errors import (
@@ -32,7 +30,6 @@ from mixtral_server.keys import Shard, shard_of
 from mixtral_server.rates import Allowance, Rate
 from mixtral_server.records import (
     TERMINAL_STATES,
-    DeadLetter,
     Depth,
     FinishedJob,
     LiveWorker,
@@ -47,13 +44,13 @@ from mixtral_server.records import (
     live_worker_of,
     pairs_of,
     place_of,
-    seconds_of,
     snapshot_of,
     telemetry_json,
     worker_job_of,
 )
 from mixtral_server.redis_client import RedisClient, redis_answers
 from mixtral_server.redis_nodes import AnyRedis
+from mixtral_server.scripts import Scripts
 
 FORMAT = 1
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
@@ -89,6 +86,7 @@ class QueueLimits:
     max_sessions_per_key: int = 64
     max_unsaved_usage: int = 1_000_000
     max_dead_letters: int = 1_000
+    dead_ttl_s: float = 604_800.0
 
 
 class JobQueue:
@@ -97,7 +95,7 @@ class JobQueue:
     def __init__(self, redis: AnyRedis, endpoints: Mapping[str, QueueLimits]) -> None:
         self._redis = redis
         self._endpoints = dict(endpoints)
-        self._scripts = {name: AsyncScript(redis.at(""), _script_text(files)) for name, files in _SCRIPTS.items()}
+        self._scripts = Scripts(redis, _SCRIPTS)
 
     @property
     def endpoints(self) -> Mapping[str, QueueLimits]:
@@ -116,8 +114,7 @@ class JobQueue:
                         f"endpoint {endpoint} in Redis is kept in format {found}; this server reads and writes format {FORMAT}; "
                         + ("start the newer server" if newer else "finish its jobs with the older server, then delete its keys")
                     )
-                for script in self._scripts.values():
-                    await redis.script_load(script.script)
+                await self._scripts.load(Shard(endpoint))
 
     # ------------------------------------------------------------------------------------------ clients
 
@@ -272,7 +269,8 @@ class JobQueue:
 
     async def reap(self, endpoint: str) -> Reaped:
         """Return the jobs of lapsed sessions, expire jobs past their deadline. Any replica, every second."""
-        reply = await self._run("reap", self._shard(endpoint), self._limits(endpoint).max_dead_letters)
+        limits = self._limits(endpoint)
+        reply = await self._run("reap", self._shard(endpoint), limits.max_dead_letters, _ms(limits.dead_ttl_s))
         lapsed, requeued, dead, expired, gap_ms, more = reply
         return Reaped(lapsed, requeued, dead, expired, gap_ms / 1000, bool(more))
 
@@ -287,12 +285,6 @@ class JobQueue:
         if entry_ids:
             with redis_answers():
                 await self._at(self._shard(endpoint)).xdel(self._shard(endpoint).key("usage"), *entry_ids)
-
-    async def dead_letters(self, endpoint: str, limit: int = 100) -> list[DeadLetter]:
-        """The latest jobs given up, newest first."""
-        with redis_answers():
-            rows: Any = await self._at(self._shard(endpoint)).xrevrange(self._shard(endpoint).key("dead"), count=limit)
-        return [DeadLetter(row["job"], row["owner"], row["reason"], row["worker"], seconds_of(row["at"])) for _, row in rows]
 
     async def depth(self, endpoint: str) -> Depth:
         """Counts for /metrics."""
@@ -319,8 +311,7 @@ class JobQueue:
     # ------------------------------------------------------------------------------------------ inside
 
     async def _run(self, script: str, shard: Shard, *args: str | int | float) -> Any:
-        with redis_answers():
-            return await self._scripts[script](keys=[shard.tag], args=args, client=self._at(shard))
+        return await self._scripts.run(script, shard, *args)
 
     def _at(self, shard: Shard) -> RedisClient:
         return self._redis.at(shard.tag)
@@ -348,11 +339,6 @@ class JobQueue:
         if shard is None:
             raise _session_lapsed(session)
         return shard
-
-
-def _script_text(files: Sequence[str]) -> str:
-    folder = resources.files("mixtral_server") / "lua"
-    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in files)
 
 
 def _ms(seconds: float) -> int:

@@ -135,17 +135,6 @@ class FinishedJob:
 
 
 @dataclass(frozen=True)
-class DeadLetter:
-    """A job that was given up because every worker that held it died."""
-
-    job_id: str
-    owner: str
-    reason: str
-    worker: str
-    at: float
-
-
-@dataclass(frozen=True)
 class Depth:
     """Numbers of one endpoint for /metrics."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
 import signal
 
@@ -131,6 +132,27 @@ async def test_chat_that_kills_its_workers_is_given_up_and_its_batch_mates_finis
     assert error.error.code == "workers_died"
     await house.hire(poison="hemlock")
     await readers.ended(*mates)
+
+
+async def test_chat_that_was_given_up_is_retried_by_an_operator_and_goes_on_at_its_next_token(house: House, readers: Readers) -> None:
+    first = await house.hire()
+    chat = readers.start("the hemlock again", tokens=30)
+    await chat.reach(5)
+    first.kill()
+    for _ in range(2):
+        victim = await house.hire(poison="hemlock")
+        await until(lambda victim=victim: not victim.is_running)  # type: ignore[misc]
+    await chat.end()
+    assert isinstance(chat.events[-1][1], ErrorEvent)
+    (letter,) = json.loads(await house.command("dead", "list", "--json"))
+    assert (letter["job_id"], letter["tokens"], letter["worker"]) == (chat.job_id, chat.offset, "toy-3")
+    assert "30" in await house.command("dead", "show", chat.job_id)
+    assert await house.command("dead", "retry", "--all") == "retried 1 of 1 jobs\n"
+    healthy = await house.hire()
+    readers.follow_again(chat)
+    await readers.ended(chat)
+    assert resumed_at(healthy) == [letter["tokens"] + 1]
+    assert json.loads(await house.command("dead", "list", "--json")) == []
 
 
 def turn_with(frame: bytes) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from mixtral_client.protocol import ChatMessage, FrameError, JobSpec, TurnRequest, Usage
+from mixtral_server.dead import DeadLetters
 from mixtral_server.errors import (
     IdempotencyConflict,
     JobNotFound,
@@ -764,7 +765,7 @@ async def test_a_job_is_given_up_when_a_third_worker_dies_with_it(bench: Bench) 
     assert snapshot.error
     assert snapshot.error.code == "workers_died"
     assert snapshot.error.message.startswith("3 workers died while they ran this job, the last was victim")
-    [letter] = await bench.queue.dead_letters(ENDPOINT)
+    [letter] = await DeadLetters(bench.redis, [ENDPOINT]).list(ENDPOINT)
     assert (letter.job_id, letter.owner, letter.worker) == (poison, "mallory", "victim")
 
 
@@ -822,7 +823,7 @@ async def test_dead_letters_are_bounded(redis: Redis) -> None:
         await bench.put(f"user{number}")
         for _ in range(3):
             await kill_holders(bench)
-    assert [letter.owner for letter in await bench.queue.dead_letters(ENDPOINT)] == ["user2", "user1"]
+    assert [letter.owner for letter in await DeadLetters(bench.redis, [ENDPOINT]).list(ENDPOINT)] == ["user2", "user1"]
 
 
 # ------------------------------------------------------------------------------------------------ books

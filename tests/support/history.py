@@ -221,6 +221,14 @@ class Readers:
 
     async def _raw(self, chat: Chat) -> None:
         await self._put(chat)
+        await self._follow(chat)
+
+    def follow_again(self, chat: Chat) -> None:
+        """Read on after an operator has brought the job back: the end it had is taken for none."""
+        chat.events.pop()
+        chat.task = asyncio.create_task(self._follow(chat))
+
+    async def _follow(self, chat: Chat) -> None:
         turn = 0
         while not chat.is_over:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):

@@ -213,6 +213,15 @@ class House:
         self.workers.append(worker)
         return worker
 
+    async def command(self, *words: str) -> str:
+        """What `mixtral-server WORDS` prints beside the running replicas. Raises AssertionError unless it ends with 0."""
+        where = ["--data_dir", str(self.data_dir), "--redis_url", self.redis.url, "--endpoint_dir", str(self._folder / "endpoints")]
+        program = Program("server", [*words, *where], self._folder / f"command-{time.monotonic_ns()}.log")
+        program.start()
+        code = await program.ended()
+        assert code == 0, program.said()
+        return program.said()
+
     def dismiss(self) -> None:
         for worker in self.workers:
             worker.kill()

@@ -35,7 +35,7 @@ end
 
 local JOB_FIELDS = {
   'state', 'owner', 'prio', 'weight', 'arrival', 'estimate', 'deaths', 'n', 'base', 'cost', 'session', 'idem', 'ttl',
-  'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt', 'rates', 'charged',
+  'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt', 'rates', 'charged', 'retried',
 }
 local JOB_NUMBERS = {'weight', 'arrival', 'estimate', 'deaths', 'n', 'base', 'cost', 'ttl', 'prompt_tokens', 'attempt', 'charged'}
 
@@ -235,6 +235,12 @@ local function dequeue(job)
   if job.deaths < SUSPECT_DEATHS and call('EXISTS', wait_key(job)) == 0 then leave_ring(job.prio, job.owner) end
 end
 
+-- How often an operator brought the job back from the dead, and the tokens of its answer and prompt that its earlier ends have accounted for.
+local function lives(job)
+  local times, n, prompt = string.match(job.retried or '0 0 0', '^(%d+) (%d+) (%d+)$')
+  return tonumber(times), tonumber(n), tonumber(prompt)
+end
+
 -- The job ends, from any state: its terminal entry, its place or slot, its charge, its row for the ledger. detail: error as JSON.
 local function finish(job, state, word, detail)
   if job.state == 'waiting' then
@@ -247,13 +253,15 @@ local function finish(job, state, word, detail)
   if job.rates then settle_rates(job, state) end
   call('ZREM', t .. ':deadlines', job.id)
   call('HSET', job_key(job.id), 'state', state, 'finish', word, 'error', detail or '', 'ended', now)
-  call('XADD', log_key(job.id), job.n .. '-1', 'end', state)
+  local times, paid, paid_prompt = lives(job)
+  call('XADD', log_key(job.id), job.n .. '-' .. 2 * times + 1, 'end', state)
   call('PEXPIRE', job_key(job.id), job.ttl)
   call('PEXPIRE', log_key(job.id), job.ttl)
   if job.idem ~= '' then call('PEXPIRE', job.idem, job.ttl) end
-  call('XADD', t .. ':usage', '*', 'job', job.id, 'owner', job.owner, 'title', job.title, 'state', state, 'finish', word,
-    'error', detail and cjson.decode(detail).code or '', 'prompt_tokens', job.prompt_tokens, 'n', job.n, 'attempt', job.attempt, 'created', job.created,
-    'started', job.started or '', 'first', job.first or '', 'ended', now)
+  local row = times > 0 and job.id .. '~' .. times or job.id
+  call('XADD', t .. ':usage', '*', 'job', row, 'owner', job.owner, 'title', job.title, 'state', state, 'finish', word,
+    'error', detail and cjson.decode(detail).code or '', 'prompt_tokens', math.max(0, job.prompt_tokens - paid_prompt), 'n', job.n - paid,
+    'attempt', job.attempt, 'created', job.created, 'started', job.started or '', 'first', job.first or '', 'ended', now)
   call('HINCRBY', t .. ':totals', state, 1)
   job.state = state
   tell(job.id)
@@ -269,15 +277,16 @@ local function requeue(job)
   tell(job.id)
 end
 
--- A worker died with the job: back to its place, or, with the third death, given up. Returns whether it was given up.
-local function survive(job, worker, max_dead_letters)
+-- A worker died with the job: back to its place, or, with the third death, given up and kept for so long. Returns whether it was given up.
+local function survive(job, worker, max_dead_letters, keep_ms)
   if job.deaths < SUSPECT_DEATHS then
     job.deaths = call('HINCRBY', job_key(job.id), 'deaths', 1)
     requeue(job)
     return false
   end
   local deaths = call('HINCRBY', job_key(job.id), 'deaths', 1)
-  local message = deaths .. ' workers died while they ran this job, the last was ' .. worker .. '; it will not be tried again'
+  local message = deaths .. ' workers died while they ran this job, the last was ' .. worker .. '; it is tried again only when an operator says so'
+  job.ttl = keep_ms
   finish(job, 'dead', 'error', cjson.encode({message = message, type = 'server_error', code = 'workers_died'}))
   call('XADD', t .. ':dead', 'MAXLEN', max_dead_letters, '*', 'job', job.id, 'owner', job.owner, 'reason', message,
     'worker', worker, 'at', now)

@@ -1,5 +1,5 @@
 -- What time alone changes: sessions lapse, queue-time limits pass. Bounded per call.
--- ARGV: most dead letters kept. → {lapsed, requeued, dead, expired, gap in ms, whether more is left}
+-- ARGV: most dead letters kept, how long their jobs are. → {lapsed, requeued, dead, expired, gap in ms, whether more is left}
 local MAX_SESSIONS, MAX_EXPIRED = 50, 500
 
 local is_first = call('EXISTS', t .. ':tick') == 0
@@ -13,7 +13,7 @@ local requeued, dead = 0, 0
 for _, session in ipairs(lapsed) do
   local worker = call('HGET', session_key(session), 'name') or session
   end_session(session, function(job)
-    if survive(job, worker, ARGV[1]) then dead = dead + 1 else requeued = requeued + 1 end
+    if survive(job, worker, ARGV[1], ARGV[2]) then dead = dead + 1 else requeued = requeued + 1 end
   end)
 end
 

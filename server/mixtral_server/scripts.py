@@ -1,0 +1,39 @@
+"""Lua scripts from lua/, each put together from its files, run on the node that has the endpoint's keys.
+
+Decides how a script is made and called. Leaves what scripts do to lua/ and what their answers mean to the modules that name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from redis.commands.core import AsyncScript
+
+from mixtral_server.keys import Shard
+from mixtral_server.redis_client import redis_answers
+from mixtral_server.redis_nodes import AnyRedis
+
+
+class Scripts:
+    def __init__(self, redis: AnyRedis, files_of: Mapping[str, Sequence[str]]) -> None:
+        """files_of: script → the files in lua/ that make it up, in this order."""
+        self._redis = redis
+        self._scripts = {name: AsyncScript(redis.at(""), _text(files)) for name, files in files_of.items()}
+
+    async def load(self, shard: Shard) -> None:
+        """Have them at hand at the shard's node. Raises RedisUnavailable."""
+        with redis_answers():
+            for script in self._scripts.values():
+                await self._redis.at(shard.tag).script_load(script.script)
+
+    async def run(self, name: str, shard: Shard, *args: str | int | float) -> Any:
+        """Raises RedisUnavailable."""
+        with redis_answers():
+            return await self._scripts[name](keys=[shard.tag], args=args, client=self._redis.at(shard.tag))
+
+
+def _text(files: Sequence[str]) -> str:
+    folder = resources.files("mixtral_server") / "lua"
+    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in files)
