@@ -28,6 +28,7 @@ from mixtral_client.protocol import (
     Sampling,
     SessionAnswer,
     SessionRequest,
+    TokenLogprobs,
     TurnAnswer,
     TurnRequest,
     WorkerJob,
@@ -48,7 +49,10 @@ class Job:
     session: str | None = None
     finish: str | None = None
     error: FrameError | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    dropped_messages: list[int] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
     first_times: int = 0
 
     @property
@@ -113,11 +117,13 @@ class FakeServer:
 
     async def put(self, **spec: Any) -> Job:
         """Queue a job: messages as (role, content) pairs or prompt, and any field of JobSpec or Sampling."""
+        given = dict(spec)
         if "messages" in spec:
             spec["messages"] = [ChatMessage(role=role, content=content) for role, content in spec["messages"]]
-        sampling = Sampling(**{name: spec.pop(name) for name in ("temperature", "top_p", "top_k") if name in spec})
+        sampling = Sampling(**{name: spec.pop(name) for name in Sampling.model_fields if name in spec})
         produced = spec.pop("ids", []), spec.pop("texts", [])
         job = Job(f"job-{len(self.jobs) + 1}", JobSpec(sampling=sampling, **{"seed": 1, "max_tokens": 16, **spec}), *map(list, produced))
+        job.given = {name: value for name, value in given.items() if name not in ("ids", "texts")}
         self.jobs[job.id] = job
         self.waiting.append(job)
         await self._notify()
@@ -218,8 +224,11 @@ class FakeServer:
         repeated = len(job.ids) + 1 - frame.offset
         job.ids += frame.ids[repeated:]
         job.texts += frame.texts[repeated:]
+        job.logprobs += [TokenLogprobs.model_validate_json(text) for text in (frame.logprobs or ())[repeated:]]
         if frame.prompt_tokens is not None:
             job.prompt_tokens.append(frame.prompt_tokens)
+        if frame.dropped_messages is not None:
+            job.dropped_messages.append(frame.dropped_messages)
         if frame.finish or frame.error:
             job.finish, job.error, job.session = frame.finish, frame.error, None
         elif frame.release:

@@ -90,7 +90,7 @@ class Expected:
 def reference(worker: TinyWorker, spec: JobSpec) -> Expected:
     """What a job must answer, from the engine alone."""
     prompt_ids = _prompt_ids(worker.tokenizer, spec)
-    drawn = Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.seed)
+    drawn = Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.seed, spec.sampling.min_p)
     limit = min(spec.max_tokens, MAX_SEQ_LEN - len(prompt_ids))
     sequence = Sequence("alone", 1, prompt_ids, limit, drawn)
     scheduler = worker.scheduler()

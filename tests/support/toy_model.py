@@ -49,6 +49,9 @@ class ToyTokenizer(Tokenizer):
     def bytes_to_ids(self, text_bytes: bytes) -> list[int]:
         return [FIRST_BYTE + byte for byte in text_bytes]
 
+    def piece(self, id: int) -> str:
+        return CONTROLS[id]
+
     def is_byte(self, id: int) -> bool:
         return FIRST_BYTE <= id < FIRST_WORD
 

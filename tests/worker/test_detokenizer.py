@@ -67,6 +67,28 @@ def test_a_detokenizer_made_anew_at_any_point_goes_on_exactly_as_the_first(ids: 
 
 
 @UNTIMED
+@given(ids=IDS, stop=STOPS, least=st.integers(0, 12), split=st.integers(0, 20))
+def test_no_stop_string_is_looked_for_in_the_text_of_the_first_min_tokens(ids: list[int], stop: list[str], least: int, split: int) -> None:
+    first = Detokenizer(DEMO, stop, min_tokens=least)
+    head = "".join(first.push(id) for id in ids[:least])
+    assert not first.stopped
+    assert head == "".join(map(Detokenizer(DEMO).push, ids[:least]))
+    whole = Detokenizer(DEMO)
+    texts = [whole.push(id) for id in ids] + [whole.flush()]
+    rest = "".join([*texts[:-1][least:], texts[-1]])
+    ends = [rest.index(one) + len(one) for one in stop if one in rest]
+    assert head + "".join(first.push(id) for id in ids[least:]) + first.flush() == head + (
+        min((rest[: end - len(one)] for one in stop if (end := rest.find(one) + len(one)) == min(ends)), key=len) if ends else rest
+    )
+    assert first.stopped == bool(ends)
+
+    moved = Detokenizer(DEMO, stop, min_tokens=least)
+    sent = sum(len(moved.push(id).encode()) for id in ids[:split])
+    anew = Detokenizer(DEMO, stop, ids[:split], sent, min_tokens=least)
+    assert [anew.push(id) for id in ids[split:]] + [anew.flush()] == [moved.push(id) for id in ids[split:]] + [moved.flush()]
+
+
+@UNTIMED
 @given(ids=IDS, stop=STOPS, sent_chars=st.integers(0, 40))
 def test_text_that_never_left_leaves_with_the_next_push(ids: list[int], stop: list[str], sent_chars: int) -> None:
     whole, stopped = expected(ids, stop, True)

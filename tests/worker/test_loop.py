@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.link import Link, LinkRefused
 from mixtral_worker.loop import Batch, Crew, run_leader
+from mixtral_worker.prompt import Message, encode_chat
 from mixtral_worker.ranks import Ranks
 from mixtral_worker.watchdog import Watchdog
 from support.fake_server import ENDPOINT, KEY, FakeServer, Job, serving
@@ -29,6 +32,10 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyWorker]:
     torch.set_num_threads(1)  # a second thread is no faster on so small a model, and much slower on a busy machine
     yield TinyWorker.load(write_tiny_worker(tmp_path_factory.mktemp("tiny")))
     torch.set_num_threads(threads)
+
+
+def json_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 class Leader:
@@ -89,7 +96,7 @@ def assert_as_alone(worker: TinyWorker, job: Job) -> None:
 
 VARIED: list[dict[str, Any]] = [
     {"messages": STORY, "max_tokens": 60, "seed": 1},
-    {"messages": STORY, "max_tokens": 60, "seed": 6},  # ends by itself
+    {"messages": STORY, "max_tokens": 60, "seed": 16},  # ends by itself
     {"messages": [("system", "Be kind."), ("user", "Hi"), ("assistant", "猫"), ("user", "Bär?")], "max_tokens": 40, "seed": 2},
     {"messages": STORY, "max_tokens": 50, "temperature": 0},
     {"messages": STORY, "max_tokens": 60, "seed": 3, "stop": ["t", "ä"]},
@@ -178,6 +185,133 @@ async def test_a_server_that_is_away_makes_the_loop_pause_at_the_buffers_bound_a
         assert len(server.logins) == 1
 
 
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+STEERED: list[dict[str, Any]] = [
+    {"messages": STORY, "max_tokens": 60, "seed": 1, "min_p": 0.02, "repetition_penalty": 1.4},
+    {"messages": STORY, "max_tokens": 60, "temperature": 0, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"messages": STORY, "max_tokens": 60, "seed": 16, "min_tokens": 50, "logit_bias": {302: -100.0}},  # would end sooner
+    {"messages": STORY, "max_tokens": 40, "seed": 16, "ignore_eos": True, "top_logprobs": 3},
+    {"messages": STORY, "max_tokens": 60, "seed": 2, "stop_token_ids": list(range(262, 320, 3))},
+    {"messages": STORY, "max_tokens": 120, "seed": 4, "response_format": json_of(PERSON), "top_logprobs": 1},
+    {"messages": STORY, "max_tokens": 30, "seed": 5, "response_format": {"type": "json_object"}, "repetition_penalty": 1.2},
+]
+
+
+async def test_steered_jobs_answer_alike_alone_batched_and_taken_over(worker: TinyWorker) -> None:
+    alone = []
+    async with serving() as server:
+        async with leading(worker, server, max_slots=1):
+            for spec in STEERED:
+                alone.append(job := await server.put(**spec))
+                await server.finished(job)
+        async with leading(worker, server, max_slots=5):
+            batched = [await server.put(**spec) for spec in [*STEERED, *VARIED]]
+            await server.finished(*batched)
+        async with leading(worker, server, max_slots=8):
+            moved = [
+                await server.put(**one.given, ids=one.ids[:cut], texts=one.texts[:cut]) for one in alone for cut in (1, len(one.ids) // 2)
+            ]
+            await server.finished(*moved)
+    for job in batched[len(STEERED) :]:
+        assert_as_alone(worker, job)
+    for one, other in [*zip(alone, batched, strict=False), *zip([one for one in alone for _ in range(2)], moved, strict=True)]:
+        assert other.error is None
+        assert (other.ids, other.texts, other.finish) == (one.ids, one.texts, one.finish)
+
+
+async def test_what_a_job_asks_of_its_end_is_kept(worker: TinyWorker) -> None:
+    eos_id = worker.tokenizer.eos_id
+    async with serving() as server, leading(worker, server):
+        plain = await server.put(**VARIED[1])
+        least, on, stopped = [await server.put(**STEERED[place]) for place in (2, 3, 4)]
+        await server.finished(plain, least, on, stopped)
+    assert plain.ids[-1] == eos_id
+    assert len(plain.ids) < 40 < 50 <= len(least.ids)
+    assert eos_id not in least.ids[:50]
+    assert 302 not in least.ids
+    assert on.ids[: len(plain.ids)] == plain.ids
+    assert (len(on.ids), on.finish) == (40, "length")
+    assert (stopped.ids[-1] in STEERED[4]["stop_token_ids"], stopped.finish, stopped.texts[-1]) == (True, "stop", "")
+
+
+async def test_logprobs_come_with_every_token_of_the_jobs_that_ask_and_of_no_other(worker: TinyWorker) -> None:
+    async with serving() as server, leading(worker, server):
+        asked, other = await server.put(**STEERED[3]), await server.put(**VARIED[0])
+        await server.finished(asked, other)
+    assert other.logprobs == []
+    assert [one.id for one in asked.logprobs] == asked.ids
+    for one in asked.logprobs:
+        assert bytes.fromhex(one.bytes) == worker.tokenizer.token_bytes(one.id)
+        assert one.logprob <= one.top[0].logprob < 0
+        assert [top.logprob for top in one.top] == sorted((top.logprob for top in one.top), reverse=True)
+        assert len(one.top) == 3
+
+
+async def test_a_whole_structured_answer_is_json_of_its_schema_and_a_cut_one_says_so(worker: TinyWorker) -> None:
+    async with serving() as server, leading(worker, server):
+        jobs = [
+            await server.put(messages=STORY, max_tokens=200, seed=seed, response_format=json_of(PERSON), min_tokens=10, ignore_eos=True)
+            for seed in range(8)
+        ]
+        cut = await server.put(messages=STORY, max_tokens=3, seed=1, response_format=json_of(PERSON))
+        begun = await server.put(
+            messages=[*STORY, ("assistant", '{"name": "Ann", ')], max_tokens=200, seed=3, response_format=json_of(PERSON)
+        )
+        await server.finished(*jobs, cut, begun)
+    whole = [job for job in jobs if job.finish == "stop"]
+    assert len(whole) > 4
+    for job in whole:
+        jsonschema.validate(json.loads(job.text), PERSON)
+    assert (cut.finish, len(cut.ids)) == ("length", 3)
+    assert json.loads('{"name": "Ann", ' + begun.text)["name"] == "Ann"
+
+
+async def test_a_chat_too_long_is_shortened_from_its_oldest_turn_where_the_request_says_so(worker: TinyWorker) -> None:
+    turns = [(role, f"{role} {turn} " + "cat " * 8) for turn in range(20) for role in ("user", "assistant")]
+    messages = [("system", "Be kind."), *turns, ("user", "And now?")]
+    async with serving() as server, leading(worker, server):
+        refused = await server.put(messages=messages, max_tokens=20)
+        shortened = await server.put(messages=messages, max_tokens=20, truncate="oldest_turns")
+        fitting = await server.put(messages=messages[-1:], max_tokens=20, truncate="oldest_turns")
+        hopeless = await server.put(messages=[*messages[:-1], ("user", "cat " * 400)], truncate="oldest_turns")
+        await server.finished(refused, shortened, fitting, hopeless)
+    assert refused.error is not None
+    assert refused.error.code == "context_length_exceeded"
+    dropped = shortened.dropped_messages[-1]
+    assert 0 < dropped < len(turns)
+    assert MAX_SEQ_LEN - 20 - 60 < shortened.prompt_tokens[-1] <= MAX_SEQ_LEN - 20
+    kept = prompt_ids(worker, [messages[0], *messages[1 + dropped :]])
+    assert shortened.prompt_tokens[-1] == len(kept)
+    assert len(prompt_ids(worker, [messages[0], *messages[1 + dropped - 2 :]])) > MAX_SEQ_LEN - 20
+    assert fitting.dropped_messages == []
+    assert hopeless.error is not None
+    assert hopeless.error.code == "context_length_exceeded"
+    assert f"even without its {len(turns)} oldest messages" in hopeless.error.message
+
+
+def prompt_ids(worker: TinyWorker, messages: list[tuple[str, str]]) -> list[int]:
+    return encode_chat(worker.tokenizer, [Message(role, content) for role, content in messages], "instruct")
+
+
+async def test_a_job_complete_with_text_that_was_held_back_only_gets_its_end_when_taken_over(worker: TinyWorker) -> None:
+    async with serving() as server:
+        async with leading(worker, server):
+            whole = await server.put(**VARIED[0])
+            await server.finished(whole)
+        last = whole.text[-1]
+        async with leading(worker, server):
+            held = await server.put(**{**VARIED[0], "stop": [last + "never said"]})
+            await server.finished(held)
+            moved = await server.put(**held.given, ids=held.ids, texts=held.texts)
+            await server.finished(moved)
+    assert (moved.error, moved.text, moved.finish) == (None, held.text, "length")
+
+
 REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     (
         {"messages": [("user", "cat " * 400)]},
@@ -188,6 +322,9 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"messages": [("system", "a")]}, "no_user_message", ["add a user message"]),
     ({"prompt": [1, 5000]}, "token_out_of_vocabulary", ["5000", "320"]),
     ({"messages": STORY, "ids": [77_777], "texts": ["?"]}, "token_out_of_vocabulary", ["77777", "320"]),
+    ({"messages": STORY, "logit_bias": {320: 1.0}}, "token_out_of_vocabulary", ["320"]),
+    ({"messages": STORY, "stop_token_ids": [5000]}, "token_out_of_vocabulary", ["5000", "320"]),
+    ({"messages": STORY, "response_format": json_of({"type": "poem"})}, "response_format_refused", ["Invalid type: poem"]),
     ({"messages": STORY, "ids": [300], "texts": ["not what id 300 says, and longer"]}, "worker_error", ["sent_bytes"]),
 ]
 

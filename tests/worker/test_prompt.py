@@ -9,7 +9,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, ChatMess
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_text, resolve_format
+from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_fitting, encode_text, resolve_format
 from mixtral_worker.tokenizer import Tokenizer
 from support import tokenizers
 
@@ -217,6 +217,31 @@ def test_chat_without_a_place_in_the_template_is_refused(messages: list[Message]
             encode_chat(tokenizers.load("v1"), messages, prompt_format)
         assert refused.value.code == code
         assert sentence in str(refused.value)
+
+
+# A chat that is too long
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt_format", FORMATS)
+@UNTIMED
+@given(contents=st.lists(WORDS | FORGERIES, min_size=1, max_size=9), system=st.none() | WORDS, most=st.integers(1, 160))
+def test_a_chat_too_long_keeps_its_system_prompt_and_the_most_whole_turns_that_fit(
+    name: str, prompt_format: str, contents: list[str], system: str | None, most: int
+) -> None:
+    tokenizer = tokenizers.load(name)
+    messages = chat(*contents, system=system)
+    head, turns = messages[: len(messages) - len(contents)], messages[len(messages) - len(contents) :]
+    ends = [encode_chat(tokenizer, head + turns[left_out:], prompt_format) for left_out in range(0, len(turns), 2)]
+    longest = next((index for index, ids in enumerate(ends) if len(ids) <= most), len(ends) - 1)
+    assert encode_fitting(tokenizer, messages, prompt_format, most) == (ends[longest], 2 * longest)
+
+
+def test_a_chat_of_thousands_of_turns_is_shortened_without_writing_each_of_its_ends() -> None:
+    messages = chat(*("word " * 40 for _ in range(4_001)), system="Be kind.")
+    ids, dropped = encode_fitting(tokenizers.load("v1"), messages, "instruct", 30_000)
+    assert 29_000 < len(ids) <= 30_000
+    assert dropped > 3_000
 
 
 def test_auto_takes_what_the_checkpoint_declares_then_what_the_vocabulary_speaks_for() -> None:

@@ -9,6 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mixtral_worker.sampling import FIRST_CANDIDATES, NOT_FINITE, Sampling, gumbel, sample
 
@@ -63,6 +71,8 @@ def plain_sample(logits: Sequence[float], setting: Sampling, offset: int) -> tup
         scores = dict(enumerate(logits))
     else:
         scores = {token: logit / setting.temperature for token, logit in enumerate(logits)}
+        least = max(scores.values()) + math.log(setting.min_p or 1e-300)
+        scores = {token: score for token, score in scores.items() if score >= least}
         ranked = sorted(scores.values(), reverse=True)[: setting.top_k or None]
         weights = [math.exp(score - ranked[0]) for score in ranked]
         kept, reached = 0, 0.0
@@ -81,6 +91,7 @@ sampling_settings = st.builds(
     top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
     top_k=st.sampled_from([0, 1, 2, 40, 200, 1000]),
     seed=st.integers(-(2**63), 2**63 - 1),
+    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
 )
 
 
@@ -175,6 +186,27 @@ def test_nucleus_wider_than_the_first_candidates_is_kept_whole() -> None:
     assert FIRST_CANDIDATES < VOCAB // 2
     ids = draws(flat, Sampling(1.0, top_p=0.99999), 6000)
     assert len(ids.unique()) == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("setting", "theirs"),
+    [
+        (Sampling(0.7, min_p=0.1), [TemperatureLogitsWarper(0.7), MinPLogitsWarper(0.1)]),
+        (Sampling(1.6, top_k=7), [TemperatureLogitsWarper(1.6), TopKLogitsWarper(7)]),
+        (Sampling(1.3, top_p=0.8), [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.8)]),
+        (
+            Sampling(1.3, 0.8, 30, 0, 0.02),
+            [TemperatureLogitsWarper(1.3), MinPLogitsWarper(0.02), TopKLogitsWarper(30), TopPLogitsWarper(0.8)],
+        ),
+    ],
+)
+def test_the_kept_candidates_are_transformers(setting: Sampling, theirs: list[LogitsProcessor]) -> None:
+    logits = random_logits(1, spread=1.0)
+    kept = LogitsProcessorList(theirs)(torch.tensor([[0]]), logits.clone())[0]
+    ids = draws(logits[0], setting, 20_000).unique().tolist()
+    assert set(ids) <= set(kept.isfinite().nonzero()[:, 0].tolist())
+    likely = (kept.softmax(-1) * 20_000 > 30).nonzero()[:, 0].tolist()
+    assert set(likely) <= set(ids)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

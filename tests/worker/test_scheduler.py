@@ -51,7 +51,7 @@ class ToyEngine:
             for position, token in enumerate(row.tokens, row.start):
                 so_far = (*so_far, token)
                 self.store[row.blocks[position // BLOCK_SIZE]][position % BLOCK_SIZE] = so_far
-        return [self._draw(row) for row in received.rows if row.samples]
+        return [self._draw(row) for row in plan.rows if row.samples]  # how does not travel: rank 0 alone draws
 
     def read(self, blocks: tuple[int, ...], end: int) -> list[tuple[int, ...]]:
         """What the first `end` positions of these blocks hold, each: all tokens up to it."""

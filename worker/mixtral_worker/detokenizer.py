@@ -15,7 +15,10 @@ from mixtral_worker.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Text of one answer. strip_leading_blank drops the blank that SentencePiece puts before a text: False where a message is continued."""
+    """Text of one answer. strip_leading_blank drops the blank that SentencePiece puts before a text: False where a message is continued.
+
+    In the text that the first min_tokens tokens set free no stop string is looked for.
+    """
 
     def __init__(
         self,
@@ -24,6 +27,7 @@ class Detokenizer:
         produced_ids: Sequence[int] = (),
         sent_bytes: int = 0,
         strip_leading_blank: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         if "" in stop:
             raise ValueError("a stop string is empty; every answer would end before it begins: leave it out")
@@ -32,13 +36,18 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_next = strip_leading_blank
         self._held = ""  # decoded, not yet sent: the tail that may become a stop string
+        self._min_tokens = min_tokens
+        self._tokens = len(produced_ids)
         self.stopped = False
         self.sent_bytes = 0
-        self._unsent = self._skip(self._take(b"".join(map(self._bytes_of, produced_ids))), sent_bytes)
+        heads, tails = produced_ids[:min_tokens], produced_ids[min_tokens:]
+        text = self._take(b"".join(map(self._bytes_of, heads)), may_stop=False) + self._take(b"".join(map(self._bytes_of, tails)))
+        self._unsent = self._skip(text, sent_bytes)
 
     def push(self, token_id: int) -> str:
         """The text that may leave now that this token is known; "" while a character or stop string may be incomplete, and once stopped."""
-        return self._send(self._take(self._bytes_of(token_id)))
+        self._tokens += 1
+        return self._send(self._take(self._bytes_of(token_id), may_stop=self._tokens > self._min_tokens))
 
     def flush(self) -> str:
         """The rest, at the end of the answer: nothing more is to come, so what was held back leaves and half a character is U+FFFD."""
@@ -54,11 +63,14 @@ class Detokenizer:
             return text_bytes.removeprefix(b" ")
         return text_bytes
 
-    def _take(self, text_bytes: bytes, final: bool = False) -> str:
+    def _take(self, text_bytes: bytes, final: bool = False, may_stop: bool = True) -> str:
         """Text that these bytes set free."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(text_bytes, final)
+        if not may_stop:
+            free, self._held = self._held, ""
+            return free
         ends = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True

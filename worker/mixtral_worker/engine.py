@@ -85,11 +85,15 @@ class Engine:
         raise MemoryError(reason)
 
     def _step(self, plan: StepPlan) -> list[int]:
+        drawing = [row for row in plan.rows if row.samples]
+        steered = [(place, row.steering) for place, row in enumerate(drawing) if row.steering is not None]
+        for _, steering in steered:
+            steering.look_ahead()
         logits = self.logits(plan)
-        sampling = [row for row in plan.rows if row.samples]
-        if self.model.shard.index or not sampling:
+        if self.model.shard.index or not drawing:
             return []
-        ids: list[int] = sample(logits[:, : self.vocab_size], [row.sampling for row in sampling], [row.offset for row in sampling]).tolist()
+        settings, offsets = [row.sampling for row in drawing], [row.offset for row in drawing]
+        ids: list[int] = sample(logits[:, : self.vocab_size], settings, offsets, steered).tolist()
         return ids
 
     @torch.inference_mode()

@@ -26,7 +26,16 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from pydantic import ValidationError
 
-from mixtral_client.protocol import ErrorBody, Frame, FrameError, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest, WorkerJob
+from mixtral_client.protocol import (
+    ErrorBody,
+    Frame,
+    FrameError,
+    SessionAnswer,
+    SessionRequest,
+    TurnAnswer,
+    TurnRequest,
+    WorkerJob,
+)
 from mixtral_worker.settings import KEY_VARIABLE
 from mixtral_worker.telemetry import LOG, Telemetry, line
 
@@ -40,6 +49,7 @@ MAX_RETRY_AFTER_S = 30.0
 REMIND_EVERY_S = 30.0
 MAX_TURN_TOKENS = 16_384  # keeps the body of the turn after a long outage at some 300 KB
 MAX_UNSENT_TOKENS = 65_536
+TOKEN_BYTES = 18  # of a plain token in a turn's body
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -81,6 +91,8 @@ class Piece:
     id: int | None = None
     text: str = ""
     end: End | None = None
+    logprobs: str | None = None  # of the token, where the job asked for them: a TokenLogprobs as JSON
+    dropped_messages: int = 0  # left out of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +132,20 @@ class _Held:
     first_offset: int
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    logprobs: list[str] = field(default_factory=list)  # as many as ids, or none
     acknowledged: int = 0
     prompt_tokens: int = 0
+    dropped_messages: int = 0
     end: End | Literal["release"] | None = None
 
     @property
     def unsent(self) -> int:
         return len(self.ids) - self.acknowledged
+
+    @property
+    def weight(self) -> int:
+        """How many plain tokens one of this job's is as long as, in a turn's body."""
+        return 1 + len(self.logprobs[-1]) // TOKEN_BYTES if self.logprobs else 1
 
     def frame(self, max_ids: int) -> Frame | None:
         """What the log lacks, at most max_ids tokens of it; the end goes with the last of them. None when there is no news."""
@@ -135,16 +154,19 @@ class _Held:
         end = self.end if stop == len(self.ids) else None
         if start == stop and end is None:
             return None
+        says_prompt = start == 0 or end is not None
         return Frame(
             job=self.job,
             attempt=self.attempt,
             offset=self.first_offset + start,
             ids=self.ids[start:stop],
             texts=self.texts[start:stop],
+            logprobs=self.logprobs[start:stop] if self.logprobs else None,
             finish=end if end == "stop" or end == "length" else None,
             error=end if isinstance(end, FrameError) else None,
             release=end == "release",
-            prompt_tokens=self.prompt_tokens or None if start == 0 or end is not None else None,
+            prompt_tokens=self.prompt_tokens or None if says_prompt else None,
+            dropped_messages=self.dropped_messages or None if says_prompt else None,
         )
 
     def acknowledge(self, frame: Frame) -> bool:
@@ -157,7 +179,7 @@ class _Held:
         if offset >= self.first_offset:
             self.acknowledged = min(offset - self.first_offset, len(self.ids))
             return True
-        self.first_offset, self.ids, self.texts, self.acknowledged, self.end = offset, [], [], 0, "release"
+        self.first_offset, self.ids, self.texts, self.logprobs, self.acknowledged, self.end = offset, [], [], [], 0, "release"
         return False
 
 
@@ -264,11 +286,13 @@ class Link:
         held = self._held.get((piece.job, piece.attempt))
         if held is None or held.end is not None:
             return
-        held.prompt_tokens = piece.prompt_tokens
+        held.prompt_tokens, held.dropped_messages = piece.prompt_tokens, piece.dropped_messages
         if piece.id is not None:
             self._urgent |= not held.ids  # a first token is what a person waits for
             held.ids.append(piece.id)
             held.texts.append(piece.text)
+            if piece.logprobs is not None:
+                held.logprobs.append(piece.logprobs)
             self._unsent += 1
         if piece.end is not None:
             held.end = piece.end
@@ -382,10 +406,10 @@ class Link:
         with self._lock:
             self._urgent = False
             for held in self._held.values():
-                frame = held.frame(budget)
+                frame = held.frame(budget // held.weight)
                 if frame is not None:
                     frames.append(frame)
-                    budget -= len(frame.ids)
+                    budget -= len(frame.ids) * held.weight
             running = sum(held.end is None for held in self._held.values())
             holding = list(self._held)
         room = 0 if self._draining.is_set() or self.is_full else max(0, self._login.max_slots - running)

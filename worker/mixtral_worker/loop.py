@@ -11,15 +11,18 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from mixtral_client.protocol import FrameError, WorkerJob
+from mixtral_client.protocol import FrameError, JobSpec, TokenChance, TokenLogprobs, WorkerJob
 from mixtral_worker.detokenizer import Detokenizer
+from mixtral_worker.grammar import GrammarRefused, Grammars
 from mixtral_worker.link import DrainAsked, End, JobDropped, JobTaken, Link, LinkEnded, Piece
 from mixtral_worker.plan import Kind, PlanCodec, Sampling, StepPlan
-from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_text
+from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_fitting, encode_text
 from mixtral_worker.scheduler import DoesNotFit, Scheduler, Sequence
+from mixtral_worker.steering import Chances, Steering, Wishes
 from mixtral_worker.telemetry import LOG, SUMMARY_EVERY_S, Rate, Telemetry, line
 from mixtral_worker.tokenizer import Tokenizer
 from mixtral_worker.watchdog import Watchdog
@@ -29,7 +32,9 @@ if TYPE_CHECKING:  # the loop itself needs no torch, and so starts in half a sec
     from mixtral_worker.ranks import Ranks
 
 IDLE_WAIT_S = 0.25
+COMPILE_WAIT_S = 0.001
 HEARTBEAT_EVERY_S = 1.0
+MOST_OF_CONTEXT_KEPT = 4  # a chat is not shortened further than to three quarters of the context, however long an answer was asked for
 FINISH_WITHIN_S = 20.0  # torchrun kills 30 s after SIGTERM; the link needs the rest to say goodbye
 LOGOUT_WITHIN_S = 3.0
 
@@ -41,6 +46,8 @@ class _Answer:
     job: WorkerJob
     sequence: Sequence
     detokenizer: Detokenizer
+    end_ids: frozenset[int]  # tokens that end the answer
+    dropped_messages: int
     taken_s: float
 
 
@@ -52,7 +59,9 @@ class Batch:
         self._tokenizer = tokenizer
         self._prompt_format = prompt_format
         self._clock = clock
+        self._grammars = Grammars(tokenizer)
         self._answers: dict[str, _Answer] = {}
+        self._compiling: list[_Answer] = []  # wait for their grammar, outside the scheduler
         self._tokens, self._steps = Rate(), Rate()
         self._tokens_total = self._jobs_total = self._failed_total = 0
 
@@ -62,16 +71,11 @@ class Batch:
     def take(self, job: WorkerJob) -> list[Piece]:
         """Let a job in. What comes back is empty, or its end: refused, or nothing left to do."""
         self._jobs_total += 1
-        try:
-            answer = self._admit(job)
-        except PromptRefused as refused:
-            return [self._failed(job, 0, refused.code, str(refused))]
-        except DoesNotFit as refused:
-            return [self._failed(job, 0, "context_length_exceeded", str(refused))]
-        except Exception as error:  # noqa: BLE001 - one job's trouble must not end the others
-            LOG.exception(line("job_failed", job=job.id))
-            return [self._failed(job, 0, "worker_error", f"this worker could not read the job: {type(error).__name__}: {error}")]
-        return [] if answer is None else [answer]
+        return self._failing_alone(job, lambda: self._admit(job))
+
+    def let_in(self) -> list[Piece]:
+        """Jobs whose grammar is ready now enter. What comes back are the ends of those that can have none."""
+        return [end for answer in self._compiling[:] for end in self._failing_alone(answer.job, partial(self._enter, answer))]
 
     def drop(self, job_id: str, attempt: int) -> None:
         """Forget a job; it feeds nothing from the next step on."""
@@ -121,26 +125,43 @@ class Batch:
         )
 
     def _admit(self, job: WorkerJob) -> Piece | None:
-        spec = job.spec
-        prompt_ids = self._prompt_ids(job)
-        self._require_known(chain(prompt_ids, job.produced_ids))
+        if job.id in self._answers:
+            raise ValueError(f"job {job.id} is in this worker already; it must be dropped before it is taken anew")
+        spec, drawn = job.spec, job.spec.sampling
+        prompt_ids, dropped = self._prompt_ids(job)
+        self._require_known(chain(prompt_ids, job.produced_ids, drawn.logit_bias, spec.stop_token_ids))
         room = self.scheduler.max_seq_len - len(prompt_ids)
         if room < 1:
+            without = f" even without its {dropped:,} oldest messages" if dropped else ""
             raise PromptRefused(
                 "context_length_exceeded",
-                f"prompt is {len(prompt_ids):,} tokens; this worker takes at most {self.scheduler.max_seq_len - 1:,} "
+                f"prompt is {len(prompt_ids):,} tokens{without}; this worker takes at most {self.scheduler.max_seq_len - 1:,} "
                 f"({self.scheduler.max_seq_len:,} context minus 1 kept for the answer); shorten the chat",
             )
-        is_fresh_answer = spec.messages is not None and spec.messages[-1].role != "assistant"
-        sampling = Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.seed)
-        sequence = Sequence(job.id, job.attempt, prompt_ids, min(spec.max_tokens, room), sampling, list(job.produced_ids))
-        detokenizer = Detokenizer(self._tokenizer, spec.stop, job.produced_ids, job.sent_bytes, is_fresh_answer)
-        answer = _Answer(job, sequence, detokenizer, self._clock())
+        begun = spec.messages[-1].content if spec.messages is not None and spec.messages[-1].role == "assistant" else None
+        is_fresh_answer = spec.messages is not None and begun is None
+        produced_ids = list(job.produced_ids)
+        sequence = Sequence(
+            job.id,
+            job.attempt,
+            prompt_ids,
+            min(spec.max_tokens, room),
+            Sampling(drawn.temperature, drawn.top_p, drawn.top_k, spec.seed, drawn.min_p),
+            produced_ids,
+            steering=self._steering(spec, prompt_ids, produced_ids, begun or ""),
+        )
+        ends_by_eos = not spec.ignore_eos or sequence.grammar is not None  # a grammar says itself when an answer is whole
+        end_ids = frozenset((*spec.stop_token_ids, self._tokenizer.eos_id) if ends_by_eos else spec.stop_token_ids)
+        is_over = sequence.is_complete or produced_ids[-1:] in [[id] for id in end_ids]
+        sent_bytes = 0 if is_over else job.sent_bytes  # what was held back has left with the last token
+        detokenizer = Detokenizer(self._tokenizer, spec.stop, produced_ids, sent_bytes, is_fresh_answer, spec.min_tokens)
+        answer = _Answer(job, sequence, detokenizer, end_ids, dropped, self._clock())
         end = self._end(answer)
         if end is not None:  # an earlier attempt made the last token and died before it could say so
-            return self._ended(answer, Piece(job.id, job.attempt, len(prompt_ids), end=end))
-        self.scheduler.admit(sequence)
+            return self._ended(answer, Piece(job.id, job.attempt, len(prompt_ids), end=end, dropped_messages=dropped))
         self._answers[job.id] = answer
+        self._compiling.append(answer)
+        self._enter(answer)
         LOG.info(
             line(
                 "taken",
@@ -153,16 +174,66 @@ class Batch:
         )
         return None
 
-    def _prompt_ids(self, job: WorkerJob) -> list[int]:
-        spec = job.spec
+    def _enter(self, answer: _Answer) -> None:
+        """Into the scheduler, unless the job's grammar is not compiled yet."""
+        grammar = answer.sequence.grammar
+        if self._answers.get(answer.job.id) is not answer:  # dropped meanwhile
+            self._compiling.remove(answer)
+        elif grammar is None or grammar.is_ready():
+            self._compiling.remove(answer)
+            self.scheduler.admit(answer.sequence)
+
+    def _failing_alone(self, job: WorkerJob, action: Callable[[], Piece | None]) -> list[Piece]:
+        """The end of the job that the action comes to, if it does; one job's trouble must not end the others."""
+        try:
+            end = action()
+        except (PromptRefused, GrammarRefused) as refused:
+            end = self._refused(job, refused.code, str(refused))
+        except DoesNotFit as refused:
+            end = self._refused(job, "context_length_exceeded", str(refused))
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            LOG.exception(line("job_failed", job=job.id))
+            end = self._refused(job, "worker_error", f"this worker could not read the job: {type(error).__name__}: {error}")
+        return [] if end is None else [end]
+
+    def _refused(self, job: WorkerJob, code: str, sentence: str) -> Piece:
+        answer = self._answers.get(job.id)
+        if answer is not None and answer.job is job:
+            del self._answers[job.id]
+            self._compiling = [one for one in self._compiling if one is not answer]
+        return self._failed(job, 0, code, sentence)
+
+    def _prompt_ids(self, job: WorkerJob) -> tuple[list[int], int]:
+        """The prompt, and how many messages were left out so that it and its answer fit."""
+        spec, max_seq_len = job.spec, self.scheduler.max_seq_len
         if spec.messages is not None:
             messages = [Message(message.role, message.content) for message in spec.messages]
-            return encode_chat(self._tokenizer, messages, self._prompt_format)
+            if spec.truncate is None:
+                return encode_chat(self._tokenizer, messages, self._prompt_format), 0
+            kept_for_answer = min(spec.max_tokens, max_seq_len // MOST_OF_CONTEXT_KEPT)
+            return encode_fitting(self._tokenizer, messages, self._prompt_format, max_seq_len - kept_for_answer)
         if isinstance(spec.prompt, str):
-            return encode_text(self._tokenizer, spec.prompt)
+            return encode_text(self._tokenizer, spec.prompt), 0
         if not spec.prompt:
             raise PromptRefused("no_messages", "the job has neither messages nor a prompt; send one of them")
-        return list(spec.prompt)
+        return list(spec.prompt), 0
+
+    def _steering(self, spec: JobSpec, prompt_ids: list[int], produced_ids: list[int], begun: str) -> Steering | None:
+        """None for a job whose draws need no more than temperature and cuts. begun: the text that the answer continues."""
+        drawn, end_ids = spec.sampling, (*spec.stop_token_ids, self._tokenizer.eos_id)
+        wishes = Wishes(
+            drawn.repetition_penalty,
+            drawn.presence_penalty,
+            drawn.frequency_penalty,
+            tuple(drawn.logit_bias.items()),
+            spec.min_tokens,
+            end_ids if spec.min_tokens else (),
+            spec.top_logprobs,
+        )
+        schema = spec.response_format.schema_text if spec.response_format is not None else None
+        if wishes == Wishes() and schema is None:
+            return None
+        return Steering(wishes, prompt_ids, produced_ids, None if schema is None else self._grammars.compile(schema, produced_ids, begun))
 
     def _require_known(self, ids: Iterable[int]) -> None:
         size = self._tokenizer.vocab_size
@@ -174,30 +245,45 @@ class Batch:
 
     def _piece(self, answer: _Answer, next_id: int) -> Piece:
         job, prompt_tokens = answer.job, len(answer.sequence.prompt_ids)
+        steering, grammar = answer.sequence.steering, answer.sequence.grammar
         if next_id < 0:
             del self._answers[job.id]
+            if grammar is not None and grammar.error:
+                return self._failed(job, prompt_tokens, "response_format_refused", grammar.error)
             at = len(answer.sequence.produced_ids) + 1
             sentence = f"the model's scores for token {at} are not finite numbers; the job was stopped there; repeat it"
             return self._failed(job, prompt_tokens, "numerical_error", sentence)
         try:
-            text = answer.detokenizer.push(next_id)
+            # Like a stop string, a stop token is no part of the text.
+            text = "" if next_id in answer.job.spec.stop_token_ids else answer.detokenizer.push(next_id)
             end = self._end(answer)
             if end is not None:
                 text += answer.detokenizer.flush()
+            chances = steering.chances if steering is not None else None
+            logprobs = None if chances is None else self._logprobs(next_id, chances)
         except Exception as error:  # noqa: BLE001 - one job's trouble must not end the others
             LOG.exception(line("job_failed", job=job.id))
             self._forget(answer)
             return self._failed(
                 job, prompt_tokens, "worker_error", f"this worker could not write the answer: {type(error).__name__}: {error}"
             )
-        piece = Piece(job.id, job.attempt, prompt_tokens, next_id, text, end)
+        piece = Piece(job.id, job.attempt, prompt_tokens, next_id, text, end, logprobs, answer.dropped_messages)
         return piece if end is None else self._ended(answer, piece)
 
     def _end(self, answer: _Answer) -> End | None:
         produced = answer.sequence.produced_ids
-        if answer.detokenizer.stopped or produced[-1:] == [self._tokenizer.eos_id]:
+        if answer.detokenizer.stopped or (produced and produced[-1] in answer.end_ids):
             return "stop"
         return "length" if answer.sequence.is_complete else None
+
+    def _logprobs(self, id: int, chances: Chances) -> str:
+        top = [self._chance(*one) for one in chances.top]
+        return TokenLogprobs(**self._chance(id, chances.drawn).model_dump(), top=top).model_dump_json()
+
+    def _chance(self, id: int, logprob: float) -> TokenChance:
+        text_bytes = self._tokenizer.token_bytes(id)
+        text = text_bytes.decode(errors="replace") if text_bytes else self._tokenizer.piece(id)
+        return TokenChance(id=id, text=text, bytes=text_bytes.hex(), logprob=logprob)
 
     def _ended(self, answer: _Answer, piece: Piece) -> Piece:
         self._forget(answer)
@@ -265,9 +351,10 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
     link.start()
     draining, give_up_s = False, float("inf")
     summary_due_s = 0.0
+    plan: StepPlan | None = None
     while True:
         link.beat()
-        for event in link.poll(IDLE_WAIT_S if link.is_full or not len(batch) else 0.0):
+        for event in link.poll(IDLE_WAIT_S if link.is_full or not len(batch) else 0.0 if plan else COMPILE_WAIT_S):
             match event:
                 case JobTaken(job):
                     link.report(batch.take(job))
@@ -286,6 +373,7 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
             link.drain()
         if draining and (not len(batch) or now_s >= give_up_s):
             break
+        link.report(batch.let_in())
         plan = None if link.is_full else batch.plan_step()
         if plan is None:
             crew.idle()

@@ -4,18 +4,20 @@ A StepPlan is made by the scheduler on rank 0 and sent to every rank as one int3
 so that a single broadcast of known length carries any plan. No torch here: ranks.py sends the buffer, engine.py runs the plan.
 
 The buffer has room for what one step can add, not for what the ranks know already: of a row's block table only the part that is new
-travels, and each rank keeps the tables of all slots. What bounds it is `max_new_blocks`. At 64 slots of 32,768 tokens that is 14 KB,
-where whole tables would be 530 KB.
+travels, and each rank keeps the tables of all slots. What bounds it is `max_new_blocks`. At 64 slots of 32,768 tokens that is 12 KB,
+where whole tables would be 530 KB. How a token is drawn does not travel either: rank 0 alone draws.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mixtral_worker.steering import Steering
 
 
 class Kind(IntEnum):
@@ -32,6 +34,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps all
     seed: int = 0
+    min_p: float = 0.0  # 0 keeps all
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -40,8 +43,13 @@ class Sampling:
             raise ValueError(f"top_p must lie above 0 and at most at 1; given {self.top_p}")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be 0 (all) or a positive 32-bit number; given {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie between 0 and 1; given {self.min_p}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a signed 64-bit number; given {self.seed}")
+
+
+GREEDY = Sampling(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +61,11 @@ class Row:
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]  # KV blocks of positions 0 … start + len(tokens) - 1
     samples: bool  # whether the last token's logits yield the next id
-    offset: int  # 1-based offset of that next id among the job's generated tokens
-    sampling: Sampling
+    # How that id is drawn. Rank 0 alone draws: these do not travel, and no two rows differ by them.
+    offset: int = field(default=1, compare=False)  # 1-based offset of the next id among the job's generated tokens
+    sampling: Sampling = field(default=GREEDY, compare=False)
     known: int = 0  # so many of `blocks`, from the first on, are as in the slot's row before this one
+    steering: Steering | None = field(default=None, compare=False)
 
     @property
     def end(self) -> int:
@@ -84,13 +94,8 @@ class PlanCodec:
     def __init__(self, max_slots: int, max_seq_len: int, max_step_tokens: int, block_size: int) -> None:
         self.max_new_blocks = max_new_blocks(max_slots, max_seq_len, max_step_tokens, block_size)
         row = [
-            ("seed", np.int64),
-            ("temperature", np.float64),
-            ("top_p", np.float64),
-            ("top_k", np.int32),
             ("slot", np.int32),
             ("start", np.int32),
-            ("offset", np.int32),
             ("samples", np.int32),
             ("n_tokens", np.int32),
             ("known", np.int32),
@@ -119,11 +124,7 @@ class PlanCodec:
         message["tokens"][: len(tokens)] = tokens
         message["blocks"][: len(blocks)] = blocks
         for i, row in enumerate(plan.rows):
-            drawn = row.sampling
-            message["rows"][i] = (
-                *(drawn.seed, drawn.temperature, drawn.top_p, drawn.top_k),
-                *(row.slot, row.start, row.offset, row.samples, len(row.tokens), row.known, len(row.blocks) - row.known),
-            )
+            message["rows"][i] = (row.slot, row.start, row.samples, len(row.tokens), row.known, len(row.blocks) - row.known)
         return buffer
 
     def unpack(self, buffer: npt.NDArray[np.int32]) -> StepPlan:
@@ -131,8 +132,7 @@ class PlanCodec:
         tokens, blocks = iter(message["tokens"].tolist()), iter(message["blocks"].tolist())
         rows = []
         for packed in message["rows"][: message["n_rows"]]:
-            seed, temperature, top_p, top_k, slot, start, offset, samples, n_tokens, known, n_new = packed.item()
+            slot, start, samples, n_tokens, known, n_new = packed.item()
             table = self._tables[slot] = self._tables[slot][:known] + tuple(islice(blocks, n_new))
-            sampling = Sampling(temperature, top_p, top_k, seed)
-            rows.append(Row(slot, start, tuple(islice(tokens, n_tokens)), table, bool(samples), offset, sampling, known))
+            rows.append(Row(slot, start, tuple(islice(tokens, n_tokens)), table, bool(samples), known=known))
         return StepPlan(Kind(int(message["kind"])), int(message["step"]), tuple(rows))

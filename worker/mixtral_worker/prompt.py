@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from mixtral_worker.tokenizer import Tokenizer
 
@@ -60,17 +61,28 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], prompt_format: str = "auto") -> list[int]:
     """Ids of a chat, ready for the answer. Leading system messages are joined by an empty line; then user and assistant take turns."""
-    chat = _read(messages)
-    template = _Template(tokenizer)
-    if resolve_format(tokenizer, None, prompt_format) == "instruct":
-        return list(_instruct(template, chat))
-    return list(_mistral(template, chat))
+    return _Format(_Template(tokenizer), resolve_format(tokenizer, None, prompt_format), _read(messages)).ids(dropped=0)
+
+
+def encode_fitting(tokenizer: Tokenizer, messages: Sequence[Message], prompt_format: str, most_tokens: int) -> tuple[list[int], int]:
+    """Ids of the longest end of a chat that fits, in whole turns, and how many messages were left out for it.
+
+    System messages stay. The last turn stays too, also where it alone does not fit.
+    """
+    chat_format = _Format(_Template(tokenizer), resolve_format(tokenizer, None, prompt_format), _read(messages))
+    last = len(chat_format.chat.turns) - 1
+    dropped = next((index for index, length in enumerate(chat_format.lengths()) if length <= most_tokens or index == last), last)
+    return chat_format.ids(dropped), 2 * dropped
+
+
+_Turn: TypeAlias = tuple[str, str | None]
+"""(user, assistant); None only where the answer is asked for."""
 
 
 @dataclass(frozen=True)
 class _Chat:
     system: str | None
-    turns: list[tuple[str, str | None]]  # (user, assistant); None only where the answer is asked for
+    turns: list[_Turn]
     continues: bool  # the last assistant message is to be continued
 
 
@@ -99,41 +111,53 @@ def _read(messages: Sequence[Message]) -> _Chat:
     return _Chat("\n\n".join(contents[:first]) if first else None, turns, continues)
 
 
-def _instruct(template: "_Template", chat: _Chat) -> Iterator[int]:
-    for index, (user, assistant) in enumerate(chat.turns):
-        yield template.tokenizer.bos_id
-        yield from template.mark("[INST]")
-        if index == 0 and chat.system is not None:
-            yield from template.mark("<<SYS>>")
-            yield from template.continuing("\n", chat.system)
-            yield from template.continuing("\n")
-            yield from template.mark("<</SYS>>", leading_blank=False)
-            yield from template.continuing("\n\n", user)
-        else:
-            yield from template.content(user)
-        yield from template.mark("[/INST]")
-        if assistant is not None:
-            yield from template.content(assistant)
-            if not (chat.continues and index == len(chat.turns) - 1):
-                yield from template.blank
-                yield template.tokenizer.eos_id
+class _Format:
+    """Turns as ids of one template. A chat is its turns in a row, so how long it is follows from how long they are."""
 
+    def __init__(self, template: "_Template", name: str, chat: _Chat) -> None:
+        self.template, self.chat = template, chat
+        self.is_instruct = name == "instruct"
+        self.system_stands_last = not self.is_instruct and template.tokenizer.control_id("[INST]") is not None
+        self.opening = [] if self.is_instruct else [template.tokenizer.bos_id]
 
-def _mistral(template: "_Template", chat: _Chat) -> Iterator[int]:
-    system_turn = 0 if template.tokenizer.control_id("[INST]") is None else len(chat.turns) - 1
-    yield template.tokenizer.bos_id
-    for index, (user, assistant) in enumerate(chat.turns):
-        yield from template.mark("[INST]")
-        if index == system_turn and chat.system is not None:
-            yield from template.content(chat.system)
-            yield from template.continuing("\n\n", user)
+    def ids(self, dropped: int) -> list[int]:
+        """The prompt without so many of the first turns."""
+        turns = self.chat.turns[dropped:]
+        bearer = len(turns) - 1 if self.system_stands_last else 0
+        told = (self.turn(*turn, self.chat.system if index == bearer else None) for index, turn in enumerate(turns))
+        ended = self.ended(turns)
+        return [*self.opening, *(id for ids, end in zip(told, ended, strict=True) for id in (*ids, *end))]
+
+    def lengths(self) -> Iterator[int]:
+        """How long the prompt is without any turn, without one, without two …"""
+        turns, system = self.chat.turns, self.chat.system
+        plain = [len(self.turn(*turn, None)) + len(end) for turn, end in zip(turns, self.ended(turns), strict=True)]
+        left = len(self.opening) + sum(plain)
+        for index, turn in enumerate(turns):
+            bearer = turns[-1] if self.system_stands_last else turn
+            yield left + (0 if system is None else len(self.turn(*bearer, system)) - len(self.turn(*bearer, None)))
+            left -= plain[index]
+
+    def ended(self, turns: Sequence[_Turn]) -> Iterator[list[int]]:
+        """What stands after each turn: nothing where an answer is asked for or continued."""
+        for index, (_, assistant) in enumerate(turns):
+            is_open = assistant is None or (self.chat.continues and index == len(turns) - 1)
+            yield [] if is_open else [*(self.template.blank if self.is_instruct else ()), self.template.tokenizer.eos_id]
+
+    def turn(self, user: str, assistant: str | None, system: str | None) -> list[int]:
+        """One pair, with the system prompt if this is the turn that bears it."""
+        template = self.template
+        ids = [template.tokenizer.bos_id] if self.is_instruct else []
+        ids += template.mark("[INST]")
+        if system is None:
+            ids += template.content(user)
+        elif self.is_instruct:
+            ids += template.mark("<<SYS>>") + template.continuing("\n", system) + template.continuing("\n")
+            ids += template.mark("<</SYS>>", leading_blank=False) + template.continuing("\n\n", user)
         else:
-            yield from template.content(user)
-        yield from template.mark("[/INST]")
-        if assistant is not None:
-            yield from template.content(assistant)
-            if not (chat.continues and index == len(chat.turns) - 1):
-                yield template.tokenizer.eos_id
+            ids += template.content(system) + template.continuing("\n\n", user)
+        ids += template.mark("[/INST]")
+        return ids if assistant is None else ids + template.content(assistant)
 
 
 class _Template:
@@ -141,6 +165,7 @@ class _Template:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._contents: dict[tuple[str, bool], list[int]] = {}
 
     def mark(self, text: str, leading_blank: bool = True) -> list[int]:
         control_id = self.tokenizer.control_id(text)
@@ -151,7 +176,9 @@ class _Template:
         return self.tokenizer.encode(" ", leading_blank=False)
 
     def content(self, text: str, leading_blank: bool = True) -> list[int]:
-        return self._break_marks(_encode(self.tokenizer, text, leading_blank))
+        if (text, leading_blank) not in self._contents:  # where a chat is shortened, one content is looked at several times
+            self._contents[text, leading_blank] = self._break_marks(_encode(self.tokenizer, text, leading_blank))
+        return self._contents[text, leading_blank]
 
     def continuing(self, newlines: str, content: str = "") -> list[int]:
         """Newlines of the template, then a content without SentencePiece's blank in front."""

@@ -1,5 +1,8 @@
 """Which token comes next: the Gumbel maximum.
 
+What a row is drawn from is made in this order (vLLM's): logprobs are taken of the model's own logits, the row is steered
+(penalties.py), divided by the temperature, and cut by min_p, top_k and top_p.
+
 The draw at one offset of one job is the argmax over the kept candidates of logit / temperature + g(seed, offset, token id), with g
 a Gumbel variate made from a hash of those three numbers. That is a draw from the softmax, yet it depends on no batch, slot, worker
 or history: a job that moves to another worker goes on with the draws it would have had. The hash is integer arithmetic, the same
@@ -7,33 +10,44 @@ on every device: seed and offset make a 64-bit key by SplitMix64's mixer (Steele
 by the mixer lowbias32 (Wellons 2018), half of the key entering before its first round and half before its second.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mixtral_worker.penalties import Steered, steer
 from mixtral_worker.plan import Sampling as Sampling
+from mixtral_worker.steering import Chances
 
 # B rows that sample, V vocabulary, K candidates.
 
 NOT_FINITE = -1
+LEAST_CHANCE = -9999.0  # JSON has no infinity; OpenAI's own number for a token that is out of reach
 FIRST_CANDIDATES = 64  # a nucleus is looked for among so many first: sorting a whole vocabulary takes longer than a forward pass
 MORE_CANDIDATES = 8  # … and then among so many times more
 
 
-def sample(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int]) -> Tensor:
+def sample(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int], steered: Steered = ()) -> Tensor:
     """Draw one id per row. logits [B, V] → ids [B] on the CPU; NOT_FINITE where a row's logits hold NaN or infinity.
 
-    Temperature 0 takes the best token, the lowest id of equals. top_k keeps the k best and all that equal the last of them; then
-    top_p keeps the best that together reach top_p of what is left, again with equals.
+    Temperature 0 takes the best token, the lowest id of equals. min_p keeps what has at least min_p of the best one's probability; of
+    that top_k keeps the k best and all that equal the last of them; then top_p the best that together reach top_p of what is left, again
+    with equals. Logits of steered rows are overwritten, and their chances left with them; NOT_FINITE also where a grammar failed.
     """
     logits = logits.float()
+    is_broken = ~logits.sum(-1).isfinite()  # a sum is finite only if every term is
+    asked = [(row, one) for row, one in steered if one.wishes.top_logprobs is not None]
+    chances = logits[[row for row, _ in asked]].log_softmax(-1) if asked else None
+    if steered:
+        is_broken[steer(logits, steered)] = True
     scores = logits
     if any(s.temperature for s in settings):
         scores = _scores(logits, settings, offsets)
-    ids = scores.max(-1).indices  # of equals the first
-    ids.masked_fill_(~logits.sum(-1).isfinite(), NOT_FINITE)  # a sum is finite only if every term is
-    return ids.cpu()
+    ids = scores.max(-1).indices.masked_fill_(is_broken, NOT_FINITE).cpu()  # of equals the first
+    if chances is not None:
+        _leave_chances(chances, asked, ids)
+    return ids
 
 
 def gumbel(seeds: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
@@ -59,6 +73,9 @@ def _scores(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int]
     is_drawn = torch.tensor([s.temperature > 0 for s in settings], device=device)[:, None]
     temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
     scores = logits / temperature.clamp_min(1e-6)  # below that the noise is nothing beside any difference of two logits
+    if any(s.temperature and s.min_p for s in settings):
+        least = torch.tensor([math.log(s.min_p) if s.temperature and s.min_p else -math.inf for s in settings], device=device)[:, None]
+        scores = scores.where(scores >= scores.amax(-1, keepdim=True) + least, -torch.inf)
     if any(s.temperature and (s.top_k or s.top_p < 1) for s in settings):
         scores = scores.where(scores >= _floor(scores, settings), -torch.inf)
     noise = gumbel(torch.tensor([s.seed for s in settings], device=device), torch.tensor(offsets, device=device), logits.shape[1])
@@ -85,6 +102,17 @@ def _floor(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
         if count == vocab_size or not bool(((last == count - 1) & (top_k > count) & ~unlimited).any()):
             return best.gather(1, last.clamp_min(0)).masked_fill(unlimited, -torch.inf)
         count = min(count * MORE_CANDIDATES, vocab_size)
+
+
+def _leave_chances(chances: Tensor, asked: Steered, ids: Tensor) -> None:
+    """chances [asked, V], log probabilities; ids [B]."""
+    drawn = ids[[row for row, _ in asked]].clamp_min(0).to(chances.device)
+    own = chances.gather(1, drawn[:, None])[:, 0].clamp_min(LEAST_CHANCE).tolist()
+    best = chances.topk(min(max(one.wishes.top_logprobs or 0 for _, one in asked), chances.shape[1]))
+    values, tokens = best.values.clamp_min(LEAST_CHANCE).tolist(), best.indices.tolist()
+    for place, (_, one) in enumerate(asked):
+        top = list(zip(tokens[place], values[place], strict=True))
+        one.chances = Chances(own[place], top[: one.wishes.top_logprobs])
 
 
 def _mix64(x: Tensor) -> Tensor:

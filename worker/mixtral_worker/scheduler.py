@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mixtral_worker.blocks import BlockPool, chain_key
+from mixtral_worker.grammar import Grammar
 from mixtral_worker.plan import Kind, Row, Sampling, StepPlan, max_new_blocks
+from mixtral_worker.steering import Steering
 
 PREFILL_CHUNK = 512  # about where one H100 stops being bound by bandwidth
 
@@ -38,6 +40,7 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     produced_ids: list[int] = field(default_factory=list)
     priority: int = 0  # lower is served first
+    steering: Steering | None = None
     # The scheduler's own:
     arrival: int = 0
     slot: int = -1
@@ -49,6 +52,10 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.produced_ids)
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return None if self.steering is None else self.steering.grammar
 
     @property
     def is_complete(self) -> bool:
@@ -210,6 +217,7 @@ class Scheduler:
             offset=len(sequence.produced_ids) + 1,
             sampling=sequence.sampling,
             known=known,
+            steering=sequence.steering,
         )
 
     def _make_room(self, newcomer: Sequence) -> bool:

@@ -53,6 +53,10 @@ class Tokenizer:
         """Byte-fallback ids: other ids for the same text."""
         return [self._byte_ids[byte] for byte in text_bytes]
 
+    def piece(self, id: int) -> str:
+        """What the vocabulary calls this id: "</s>" for a control id."""
+        return str(self._pieces.id_to_piece(id))
+
     def is_byte(self, id: int) -> bool:
         return bool(self._pieces.is_byte(id))
 

@@ -9,20 +9,28 @@ Bodies from outside ignore unknown fields, so that older and newer programs unde
 
 from __future__ import annotations
 
+import json
 import zlib
 from array import array
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PROTOCOL_VERSION = 1
-"""Version of the worker wire. A server refuses an older one with a sentence; unknown fields are ignored on both sides."""
+PROTOCOL_VERSION = 2
+"""Version of the worker wire. A server refuses an older one with a sentence; unknown fields are ignored on both sides.
+2: a worker honours every field of JobSpec (1 knew temperature, top_p, top_k and stop, and would have ignored the others in silence)."""
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 10_000
+MAX_STOP_TOKEN_IDS = 64
 MAX_SEED = 2**63 - 1
+MAX_TOKEN_ID = 2**31 - 1
+MAX_LOGIT_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_SCHEMA_BYTES = 65_536
+MAX_SCHEMA_DEPTH = 64
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant"]
 Finish: TypeAlias = Literal["stop", "length", "cancelled", "error", "expired"]
@@ -74,14 +82,83 @@ Stop: TypeAlias = Annotated[
 ]
 
 
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+LogitBias: TypeAlias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(lambda bias: {} if bias is None else bias),
+    Field(max_length=MAX_LOGIT_BIASES),
+]
+
+
+def _of_bearable_size(schema: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        children = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [value for values in children for value in values]
+    if level:
+        raise ValueError(
+            f"may be nested {MAX_SCHEMA_DEPTH} levels deep at most; this one goes deeper: put parts under $defs and refer to them"
+        )
+    size = len(json.dumps(schema, separators=(",", ":")))
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(
+            f"may be {MAX_SCHEMA_BYTES:,} bytes of JSON at most; got {size:,}: leave out descriptions, or ask for less at once"
+        )
+    return schema
+
+
+class JsonSchema(Wire):
+    """A schema as OpenAI's requests carry it. The answer always keeps to it; strict is taken and changes nothing."""
+
+    name: str = Field("answer", max_length=64)
+    description: str | None = Field(None, max_length=1000)
+    json_schema: Annotated[dict[str, Any], AfterValidator(_of_bearable_size)] = Field(alias="schema")
+    strict: bool | None = None
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+
+class ResponseFormat(Wire):
+    """What an answer must be: any text, a JSON object, or JSON that a schema allows."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_one_is_meant(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given with type 'json_schema', and only with it")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema that the answer must keep to, as JSON; None for plain text."""
+        if self.type == "text":
+            return None
+        return json.dumps(self.json_schema.json_schema if self.json_schema else {"type": "object"})
+
+
 class SamplingFields(Wire):
     """How the next token is drawn. A field left out takes the endpoint's default; temperature 0 is greedy."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1000, description="0 keeps every token")
+    min_p: float | None = Field(None, ge=0, le=1, description="keeps tokens of at least this share of the best one's probability")
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="1 is none; over prompt and answer")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="0 is none; over the answer, as are the next")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict, description="token id → what is added to its logit")
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: Stop = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    min_tokens: int = Field(0, ge=0, description="before so many nothing ends the answer")
+    ignore_eos: bool = Field(False, description="the end-of-sequence token does not end the answer")
+    response_format: ResponseFormat | None = None
+
+
+Truncate: TypeAlias = Literal["oldest_turns"]
+"""What becomes of a chat that is longer than the model's context: its oldest turns are left out, where it would be refused otherwise."""
 
 
 class StreamOptions(Wire):
@@ -95,6 +172,9 @@ class ChatRequest(SamplingFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    truncate: Truncate | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
@@ -107,6 +187,7 @@ class CompletionRequest(SamplingFields):
     model: str = Field(max_length=100)
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
@@ -120,6 +201,9 @@ class JobRequest(SamplingFields):
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    truncate: Truncate | None = None
     priority: int = Field(0, ge=0, le=9, description="0 is served first; a key may be limited to higher numbers")
     queue_timeout_s: float | None = Field(None, gt=0, description="give up if no worker has begun by then")
 
@@ -131,11 +215,16 @@ class JobRequest(SamplingFields):
 
 
 class Sampling(Wire):
-    """Sampling with every default filled in, as a worker gets it."""
+    """Sampling with every default filled in, as a worker gets it. These defaults are the wire's: they never change."""
 
     temperature: float = 0.8
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
 
 
 class JobSpec(Wire):
@@ -145,8 +234,14 @@ class JobSpec(Wire):
     prompt: str | list[int] | None = None
     sampling: Sampling = Field(default_factory=Sampling)
     max_tokens: int
+    min_tokens: int = 0
     stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
     seed: int
+    top_logprobs: int | None = Field(None, description="None: no logprobs; 0: those of the tokens drawn alone")
+    response_format: ResponseFormat | None = None
+    truncate: Truncate | None = None
 
 
 # ---------------------------------------------------------------------------------------------- answers
@@ -366,6 +461,23 @@ class SessionAnswer(Wire):
     report_interval_ms: int
 
 
+CALLER_ERRORS = frozenset(
+    {
+        "context_length_exceeded",
+        "no_messages",
+        "no_user_message",
+        "response_format_refused",
+        "response_format_unavailable",
+        "roles_out_of_order",
+        "template_in_content",
+        "text_not_unicode",
+        "token_out_of_vocabulary",
+        "unknown_role",
+    }
+)
+"""Code words of a FrameError that say: the request cannot be served as it is. Any other is the worker's own trouble."""
+
+
 class FrameError(Wire):
     """Why the worker cannot serve this job; the job fails with it."""
 
@@ -373,16 +485,42 @@ class FrameError(Wire):
     message: str = Field(max_length=4000)
 
 
+class TokenChance(Wire):
+    """A token and the logarithm of its probability: the model's own, before temperature, penalties and cuts."""
+
+    id: int
+    text: str = Field(description="U+FFFD for bytes that are no whole character; the name of a token without a text, as '</s>'")
+    bytes: str = Field(description="hexadecimal; empty for a token without a text")
+    logprob: float
+
+
+class TokenLogprobs(TokenChance):
+    """The token that was drawn, and the likeliest ones at its place, best first."""
+
+    top: list[TokenChance] = Field(default_factory=list)
+
+
+def _token_logprobs(text: str) -> str:
+    TokenLogprobs.model_validate_json(text)
+    return text
+
+
+LogprobsText: TypeAlias = Annotated[str, Field(max_length=16_384), AfterValidator(_token_logprobs)]
+"""A TokenLogprobs as JSON. It is written once, by the worker, and read once, for the client; on its way and in the log it is a text."""
+
+
 class Frame(Wire):
-    """One job's new tokens in a turn. offset is that of ids[0]; texts has one entry per id."""
+    """One job's new tokens in a turn. offset is that of ids[0]; texts has one entry per id, logprobs too where the job asked for them."""
 
     job: str = Field(max_length=200)
     attempt: int
     offset: int = Field(ge=1)
     ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=list, max_length=65_536)
     texts: list[str] = Field(default_factory=list)
+    logprobs: list[LogprobsText] | None = None
     finish: Literal["stop", "length"] | None = None
     prompt_tokens: int | None = Field(None, ge=0, description="given with the job's first frame and with its last")
+    dropped_messages: int | None = Field(None, ge=0, description="with prompt_tokens, where truncate left messages out")
     error: FrameError | None = None
     release: bool = Field(False, description="hand the job back unfinished: another worker goes on with it")
 
@@ -390,6 +528,8 @@ class Frame(Wire):
     def _one_text_per_id(self) -> Frame:
         if len(self.texts) != len(self.ids):
             raise ValueError(f"a frame has one text per id; got {len(self.ids)} ids and {len(self.texts)} texts")
+        if self.logprobs is not None and len(self.logprobs) != len(self.ids):
+            raise ValueError(f"a frame has logprobs of every id or of none; got {len(self.ids)} ids and {len(self.logprobs)} logprobs")
         if sum((self.finish is not None, self.error is not None, self.release)) > 1:
             raise ValueError("a frame ends its job in one way: give at most one of finish, error and release")
         return self
