@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixtral_worker.blocks import BLOCK_SIZE
+from mixtral_worker.kernels.cpu_forward import CpuForward
 from mixtral_worker.model import checkpoint
 from mixtral_worker.model.attention import Batch, Chunk, Decodes
 from mixtral_worker.model.config import ModelConfig
@@ -35,6 +36,7 @@ class Engine:
         self.num_blocks = cache.store.shape[3]
         self.device = cache.store.device
         self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
+        self.fast = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens on a CPU
 
     @classmethod
     def load(
@@ -104,7 +106,11 @@ class Engine:
         """
         self._wipe_new_blocks(plan.rows)
         wanted = self._wanted(plan.rows, [row.samples for row in plan.rows] if last is None else last)
-        logits: Tensor = self.model(self._batch(plan.rows), self.cache, wanted)
+        if self.fast:
+            self.fast.remember(plan.rows)
+            if sum(len(row.tokens) for row in plan.rows) <= self.fast.most_tokens:
+                return self.fast.logits(plan.rows, wanted)
+        logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._tensor(wanted))
         return logits
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
@@ -159,10 +165,10 @@ class Engine:
         window = self.config.sliding_window
         return max(0, row.start + 1 - window) // self.cache.block_size if window else 0
 
-    def _wanted(self, rows: Sequence[Row], last: Sequence[int]) -> Tensor:
+    def _wanted(self, rows: Sequence[Row], last: Sequence[int]) -> list[int]:
         """Places in the flat batch of so many last tokens of each row."""
         ends = accumulate(len(row.tokens) for row in rows)
-        return self._tensor([place for end, count in zip(ends, last, strict=True) for place in range(end - count, end)])
+        return [place for end, count in zip(ends, last, strict=True) for place in range(end - count, end)]
 
     def _wipe_new_blocks(self, rows: Sequence[Row]) -> None:
         size = self.cache.block_size

@@ -1,0 +1,1 @@
+"""Code for one kind of processor, each beside the plain torch that computes the same."""

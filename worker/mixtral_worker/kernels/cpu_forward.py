@@ -1,0 +1,138 @@
+"""The forward pass of cpu_forward.cpp, as Python calls it.
+
+Decides when that pass can be used: on a CPU, in float32 or bfloat16, for steps of few tokens, where a compiler is found. Every other
+step runs through the model's own modules, which compute the same on the same weights; the tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mixtral_worker.kernels import build
+from mixtral_worker.model.kv_cache import KVCache
+from mixtral_worker.model.moe import MoE
+from mixtral_worker.model.transformer import Layer, Transformer
+from mixtral_worker.plan import Row
+from mixtral_worker.telemetry import LOG, line
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 64}  # beyond, a whole library's matrix products are faster
+
+
+class _LayerWeights(Structure):
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "wqkv", "wo", "ffn_norm", "gate", "w13", "w2")]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("is_bf16", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden", "vocab")),
+        *((name, c_int32) for name in ("n_experts", "experts_per_token", "first_expert", "local_experts", "block_size", "window")),
+        ("eps", c_float),
+        ("renormalise", c_int32),
+        ("n_blocks", c_int64),
+        *((name, c_void_p) for name in ("embedding", "norm", "head", "kv", "rotation")),
+        ("layers", POINTER(_LayerWeights)),
+    ]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "wanted", "table_width", "n_threads")),
+        *((name, c_void_p) for name in ("ids", "positions", "rows", "wanted_places", "tables")),
+        *((name, c_void_p) for name in ("x", "delta", "logits", "expert_tokens", "scratch")),
+    ]
+
+
+class CpuForward:
+    """One rank's model, seen by the compiled pass. Holds no copy of a weight."""
+
+    def __init__(self, functions: ctypes.CDLL, model: Transformer, cache: KVCache, rotation: Tensor) -> None:
+        self._functions = functions
+        self._functions.scratch_bytes.restype = ctypes.c_size_t
+        self._transformer, self._cache, self._shard = model, cache, model.shard
+        self._layers = (_LayerWeights * len(model.layers))(*map(_layer_weights, model.layers))
+        self._rotation = torch.view_as_real(rotation).contiguous()
+        self._model = _describe(model, cache, self._rotation, self._layers)
+        self._halves = 2 * len(model.layers)
+        self.most_tokens = MOST_TOKENS[model.embedding.dtype]
+        self._x = torch.empty(2, self.most_tokens, model.config.dim)
+        self._scratch = torch.empty(self._functions.scratch_bytes(byref(self._model), self.most_tokens), dtype=torch.uint8)
+        self._tables = np.zeros((0, 0), np.int32)
+        self.expert_tokens = np.zeros((len(model.layers), model.config.n_experts), np.int32)  # chosen so often since the start
+
+    @classmethod
+    def make(cls, model: Transformer, cache: KVCache, rotation: Tensor) -> CpuForward | None:
+        """None where this machine or model has to do without."""
+        if model.embedding.device.type != "cpu" or model.embedding.dtype not in DTYPES:
+            return None
+        functions = build.library(SOURCE)
+        if functions is None:
+            return None
+        LOG.info(line("kernel", path=SOURCE.name, threads=torch.get_num_threads()))
+        return cls(functions, model, cache, rotation)
+
+    def remember(self, rows: Sequence[Row]) -> None:
+        """Take in where these rows' blocks lie. Called for every step, also those that others compute: a row names what is new alone."""
+        slots, width = max(row.slot for row in rows) + 1, max(len(row.blocks) for row in rows)
+        if slots > len(self._tables) or width > self._tables.shape[1]:
+            wider = np.zeros((max(slots, len(self._tables)), max(2 * width, self._tables.shape[1])), np.int32)
+            wider[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
+            self._tables = wider
+        for row in rows:
+            if row.known < len(row.blocks):
+                self._tables[row.slot, row.known : len(row.blocks)] = row.blocks[row.known :]
+
+    def logits(self, rows: Sequence[Row], wanted: Sequence[int]) -> Tensor:
+        """Store the keys and values of at most most_tokens tokens. wanted: places in the flat batch → their logits [len(wanted), V]."""
+        if all(len(row.tokens) == 1 for row in rows):
+            flat = [(row.tokens[0], row.start, row.slot) for row in rows]
+        else:
+            flat = [(token, row.start + i, row.slot) for row in rows for i, token in enumerate(row.tokens)]
+        numbers: npt.NDArray[Any] = np.array(flat, np.int64).T.copy()  # [3, T]
+        places = np.array(wanted, np.int64)
+        logits = torch.empty(len(wanted), self._model.vocab)
+        at, tokens = numbers.ctypes.data, len(flat)
+        step = _Step(
+            *(tokens, len(wanted), self._tables.shape[1], torch.get_num_threads()),
+            *(at, at + 8 * tokens, at + 16 * tokens, places.ctypes.data, self._tables.ctypes.data),
+            *(self._x[0].data_ptr(), self._x[1].data_ptr(), logits.data_ptr(), self.expert_tokens.ctypes.data, self._scratch.data_ptr()),
+        )
+        if self._shard.count == 1:
+            self._functions.run_halves(byref(self._model), byref(step), 0, self._halves + 1)
+            return logits
+        for half in range(self._halves):  # each leaves this rank's share of a sum
+            self._functions.run_halves(byref(self._model), byref(step), half, half + 1)
+            self._shard.sum(self._x[1, :tokens])
+        self._functions.run_halves(byref(self._model), byref(step), self._halves, self._halves + 1)
+        return self._shard.concat(logits)
+
+
+def _layer_weights(layer: Layer) -> _LayerWeights:
+    ffn = layer.feed_forward
+    w13, w2, gate = (ffn.w13, ffn.w2, ffn.gate.data_ptr()) if isinstance(ffn, MoE) else (ffn.w13.weight, ffn.w2.weight, None)
+    attention = layer.attention
+    weights = (layer.attention_norm.weight, attention.wqkv.weight, attention.wo.weight, layer.ffn_norm.weight, gate, w13, w2)
+    return _LayerWeights(*(weight.data_ptr() if isinstance(weight, Tensor) else weight for weight in weights))
+
+
+def _describe(model: Transformer, cache: KVCache, rotation: Tensor, layers: Any) -> _Model:
+    config, shard = model.config, model.shard
+    experts = config.n_experts
+    return _Model(
+        *(model.embedding.dtype == torch.bfloat16, config.dim, config.n_layers),
+        *(config.n_heads // shard.count, cache.n_kv_heads, config.head_dim, config.hidden_dim // shard.count, len(model.head.weight)),
+        *(experts, config.experts_per_token, 0, experts, cache.block_size, config.sliding_window or 0),
+        *(config.norm_eps, True, cache.store.shape[3]),
+        *(weight.data_ptr() for weight in (model.embedding, model.norm.weight, model.head.weight, cache.store, rotation)),
+        layers,
+    )
