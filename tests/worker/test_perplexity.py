@@ -175,7 +175,7 @@ def test_two_ranks_compare_precisions_and_report_experts_as_one_rank_and_transfo
 
     windows = all_windows(documents, 100, 50, tokenizer)
     engine = load(tiny, windows)
-    with expert_report.recording(engine.model) as recorder:
+    with expert_report.recording(engine) as recorder:
         perplexity.measure(engine, windows, recorder.keep)
     alone = recorder.report(seed=0)
     assert result["experts"]["tokens"] == tokens
@@ -293,7 +293,7 @@ def test_recorded_loads_are_those_of_the_routers_of_transformers(tiny: Path, the
     windows = all_windows(documents, MAX_SEQ_LEN, 128, tokenizer)
     room = 100  # the long windows go through in parts
     engine = load(tiny, windows, room)
-    with expert_report.recording(engine.model) as recorder:
+    with expert_report.recording(engine) as recorder:
         perplexity.measure(engine, windows, recorder.keep, room)
     found = recorder.report(seed=0)
     counts = torch.zeros(2, 8)
@@ -314,7 +314,7 @@ def test_routers_are_watched_only_while_a_report_is_made(tiny: Path) -> None:
         return sum(len(module._forward_pre_hooks) for module in engine.model.modules() if isinstance(module, MoE))
 
     def break_off() -> None:
-        with expert_report.recording(engine.model):
+        with expert_report.recording(engine):
             assert watched() == 2
             raise RuntimeError("broken off")
 

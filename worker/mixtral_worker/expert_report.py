@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
+from mixtral_worker.engine import Engine
 from mixtral_worker.model.moe import MoE
 from mixtral_worker.perplexity import Step
 
@@ -81,9 +82,10 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recorder]:
-    """Watch every router of the model until the block ends."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
+def recording(engine: Engine) -> Iterator[Recorder]:
+    """Watch every router of the model until the block ends. Hooks see the modules only: no rank's engine may compute around them."""
+    layers = [module for module in engine.model.modules() if isinstance(module, MoE)]
+    engine.fast = None
     recorder = Recorder(len(layers), len(layers[0].gate))
 
     def watch(layer: int) -> Any:

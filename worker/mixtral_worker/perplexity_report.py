@@ -120,6 +120,8 @@ def _measure(
         max_seq_len=max(len(window.inputs) for window in windows),
         num_blocks=perplexity.blocks_needed(windows, groups),
     )
+    if wants_experts:
+        engine.fast = None  # on every rank, so that all reduce the same sums
     began_s = time.monotonic()
     with (
         Progress(
@@ -131,7 +133,7 @@ def _measure(
             console=Console(stderr=True),
             disable=not here.is_leader,
         ) as progress,
-        expert_report.recording(engine.model) if wants_experts and here.is_leader else nullcontext() as recorder,
+        expert_report.recording(engine) if wants_experts and here.is_leader else nullcontext() as recorder,
     ):
         task = progress.add_task(precision, total=sum(len(window.targets) for window in windows))
 

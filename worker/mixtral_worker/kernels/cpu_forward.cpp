@@ -18,9 +18,6 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 // T tokens of this step, D head size, H query heads, K kv heads, G = H / K, E experts (1: a dense model), F hidden size of one.
 
@@ -204,29 +201,22 @@ void product(int first, int last, int step, Place place, const W *const *x, int 
     }
 }
 
-// ---- threads: all run the same stages; within one they take task after task, between two they wait for each other
+// ---- threads: all go through the same stages and take task after task of each. A stage is over when its tasks are done, whoever did
+// them: a thread that another program keeps from running holds up nobody, unless it is in the middle of a task.
 
 class Crew {
   public:
-    Crew(int threads, int stages) : threads_(threads), next_(stages) {}
+    explicit Crew(int stages) : stages_(stages) {}
 
     template <class Work>
     void stage(int &at, int tasks, Work work) {  // every thread calls it with its own `at`, which counts the stages
-        std::atomic<int> &next = next_[at++];
-        for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(task);
-        wait();
-    }
-
-  private:
-    void wait() {
-        int round = round_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            return;
+        Stage &here = stages_[at++];
+        for (int task; (task = here.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            work(task);
+            here.done.fetch_add(1, std::memory_order_release);
         }
-        // Look for some 50 µs, longer than a stage's imbalance; then let others run: on a busy machine the one waited for may need this core.
-        for (int looks = 0; round_.load(std::memory_order_acquire) == round; looks++) {
+        // Look for some 50 µs, longer than a task; then let others run: the thread waited for may need this very core.
+        for (int looks = 0; here.done.load(std::memory_order_acquire) < tasks; looks++) {
             if (looks < 1000) {
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
@@ -237,9 +227,11 @@ class Crew {
         }
     }
 
-    const int threads_;
-    std::vector<std::atomic<int>> next_;
-    std::atomic<int> arrived_{0}, round_{0};
+  private:
+    struct alignas(64) Stage {
+        std::atomic<int> next{0}, done{0};
+    };
+    std::vector<Stage> stages_;
 };
 
 // ---- the layers
@@ -417,36 +409,68 @@ class Forward {
 
     // All queries of one kv head at once, so that its keys and values are read once.
     void attend(int layer, int t, int head) {
-        const int D = m.head_dim, group = m.n_heads / m.n_kv_heads, row = s.rows[t], position = s.positions[t];
+        const int D = m.head_dim, group = m.n_heads / m.n_kv_heads, position = s.positions[t];
         const int begin = m.window ? std::max(0, position + 1 - m.window) : 0, count = position + 1 - begin;
         const int padded = (count + LANES - 1) / LANES * LANES;
+        static thread_local std::vector<const W *> keys;
         static thread_local std::vector<float> scores;
-        scores.resize(size_t(group) * padded);
+        keys.resize(count + ROWS), scores.resize(size_t(group) * padded);
+        for (int p = 0; p < count;) {
+            const W *key = key_or_value(layer, 0, head, s.rows[t], begin + p);
+            int in_block = std::min(count - p, m.block_size - (begin + p) % m.block_size);
+            for (int i = 0; i < in_block; i++) keys[p++] = key + size_t(i) * D;
+        }
+        std::fill(keys.begin() + count, keys.end(), keys[count - 1]);
         const float scale = 1.0f / std::sqrt(float(D));
-        size_t first_query = (size_t(t) * m.n_heads + head * group) * D;
-        auto rows = row_pointers(group, [&](int g) { return queries + first_query + size_t(g) * D; });
-        auto place = [&](int p, const W **keys) {
-            for (int r = 0; r < ROWS; r++) keys[r] = key_or_value(layer, 0, head, row, begin + std::min(p + r, count - 1));
-        };
+        const size_t first = (size_t(t) * m.n_heads + head * group) * D;
+        auto rows = row_pointers(group, [&](int g) { return queries + first + size_t(g) * D; });
+        auto place = [&](int p, const W **four) { std::copy_n(keys.begin() + p, ROWS, four); };
         product<W>(0, count, ROWS, place, rows, group, D, [&](int g, int p, const float *v) {
             for (int r = 0; r < ROWS && p + r < count; r++) scores[size_t(g) * padded + p + r] = v[r] * scale;
         });
-        static thread_local std::vector<float> out;
-        out.assign(size_t(group) * D, 0.0f);
-        static thread_local std::vector<float> totals;
-        totals.resize(group);
-        for (int g = 0; g < group; g++) totals[g] = soften(scores.data() + size_t(g) * padded, count, padded);
-        for (int p = 0; p < count; p++) {
-            const W *value = key_or_value(layer, 1, head, row, begin + p);
-            for (int g = 0; g < group; g++) {
-                float weight = scores[size_t(g) * padded + p], *sums = out.data() + size_t(g) * D;
-                int d = 0;
-                for (; d + LANES <= D; d += LANES) store(sums + d, load(sums + d) + weight * load(value + d));
-                for (; d < D; d++) sums[d] += weight * widen(value[d]);
-            }
+        const size_t to_values = size_t(m.n_kv_heads) * kv_size;
+        for (int g = 0; g < group; g += MOST_BLENDED) {
+            float totals[MOST_BLENDED];
+            int some = std::min(MOST_BLENDED, group - g);
+            for (int i = 0; i < some; i++) totals[i] = soften(scores.data() + size_t(g + i) * padded, count, padded);
+            blend_of(some, keys.data(), to_values, scores.data() + size_t(g) * padded, padded, count, totals, mixed + first + size_t(g) * D);
         }
-        for (int g = 0; g < group; g++)
-            for (int d = 0; d < D; d++) narrow(out[size_t(g) * D + d] / totals[g], mixed[first_query + size_t(g) * D + d]);
+    }
+
+    static constexpr int MOST_BLENDED = 4;
+
+    template <int G = MOST_BLENDED>
+    void blend_of(int some, const W *const *keys, size_t to_values, const float *scores, int padded, int count, const float *totals, W *out) {
+        if constexpr (G > 1) {
+            if (some < G) return blend_of<G - 1>(some, keys, to_values, scores, padded, count, totals, out);
+        }
+        blend<G>(keys, to_values, scores, padded, count, totals, out);
+    }
+
+    // The values of all positions, weighed by the scores of G queries: out [G, D].
+    template <int G>
+    void blend(const W *const *keys, size_t to_values, const float *scores, int padded, int count, const float *totals, W *out) const {
+        const int D = m.head_dim;
+        int d = 0;
+        for (; d + 2 * LANES <= D; d += 2 * LANES) {
+            Floats sums[G][2] = {};
+            for (int p = 0; p < count; p++) {
+                const W *value = keys[p] + to_values + d;
+                Floats low = load(value), high = load(value + LANES);
+                for (int g = 0; g < G; g++) {
+                    sums[g][0] += scores[g * padded + p] * low;
+                    sums[g][1] += scores[g * padded + p] * high;
+                }
+            }
+            for (int g = 0; g < G; g++)
+                for (int i = 0; i < 2 * LANES; i++) narrow(sums[g][i / LANES][i % LANES] / totals[g], out[g * D + d + i]);
+        }
+        for (; d < D; d++)
+            for (int g = 0; g < G; g++) {
+                float sum = 0;
+                for (int p = 0; p < count; p++) sum += scores[g * padded + p] * widen(keys[p][to_values + d]);
+                narrow(sum / totals[g], out[g * D + d]);
+            }
     }
 
     // Scores to e^(score - best), in place; returns their sum.
@@ -530,22 +554,11 @@ void run(const Model &model, const Step &step, int first_half, int last_half) {
                 forward.ffn_half(half / 2, crew, at);
         }
     };
-    const int stages = (last_half - first_half) * MOST_STAGES_OF_A_HALF;
+    Crew crew((last_half - first_half) * MOST_STAGES_OF_A_HALF);
 #ifdef _OPENMP
-    if (step.n_threads > 1) {
-        Crew *crew = nullptr;
-#pragma omp parallel num_threads(step.n_threads)
-        {
-#pragma omp single
-            crew = new Crew(omp_get_num_threads(), stages);  // as many as there are, whatever was asked for
-            work(*crew);
-        }
-        delete crew;
-        return;
-    }
+#pragma omp parallel num_threads(step.n_threads) if (step.n_threads > 1)
 #endif
-    Crew alone(1, stages);
-    work(alone);
+    work(crew);
 }
 
 }  // namespace

@@ -20,13 +20,14 @@ from torch import Tensor
 from mixtral_worker.kernels import build
 from mixtral_worker.model.kv_cache import KVCache
 from mixtral_worker.model.moe import MoE
-from mixtral_worker.model.transformer import Layer, Transformer
+from mixtral_worker.model.transformer import Transformer
 from mixtral_worker.plan import Row
 from mixtral_worker.telemetry import LOG, line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32, torch.bfloat16)
-MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 64}  # beyond, a whole library's matrix products are faster
+# In float32 every step, so that no token's logits depend on how it was computed. In bfloat16 oneDNN multiplies more tokens faster, by
+# far where the processor has AMX (measured: 512 tokens of the large shape in a quarter of the time, 64 in equal time).
+MOST_TOKENS = {torch.float32: 2**31, torch.bfloat16: 48}
 
 
 class _LayerWeights(Structure):
@@ -60,24 +61,23 @@ class CpuForward:
         self._functions = functions
         self._functions.scratch_bytes.restype = ctypes.c_size_t
         self._transformer, self._cache, self._shard = model, cache, model.shard
-        self._layers = (_LayerWeights * len(model.layers))(*map(_layer_weights, model.layers))
+        self._layers = (_LayerWeights * len(model.layers))(*(_layer_weights(layer) for layer in model.layers))
         self._rotation = torch.view_as_real(rotation).contiguous()
         self._model = _describe(model, cache, self._rotation, self._layers)
         self._halves = 2 * len(model.layers)
         self.most_tokens = MOST_TOKENS[model.embedding.dtype]
-        self._x = torch.empty(2, self.most_tokens, model.config.dim)
-        self._scratch = torch.empty(self._functions.scratch_bytes(byref(self._model), self.most_tokens), dtype=torch.uint8)
+        self._make_room(1)
         self._tables = np.zeros((0, 0), np.int32)
         self.expert_tokens = np.zeros((len(model.layers), model.config.n_experts), np.int32)  # chosen so often since the start
 
     @classmethod
     def make(cls, model: Transformer, cache: KVCache, rotation: Tensor) -> CpuForward | None:
-        """None where this machine or model has to do without."""
-        if model.embedding.device.type != "cpu" or model.embedding.dtype not in DTYPES:
+        """None where this model, or the machine of any of its ranks, has to do without. Called by all ranks."""
+        if model.embedding.device.type != "cpu" or model.embedding.dtype not in MOST_TOKENS:
             return None
         functions = build.library(SOURCE)
-        if functions is None:
-            return None
+        if not model.shard.least(functions is not None, model.embedding.device) or functions is None:
+            return None  # ranks that compute in two ways would sum different things
         LOG.info(line("kernel", path=SOURCE.name, threads=torch.get_num_threads()))
         return cls(functions, model, cache, rotation)
 
@@ -100,6 +100,8 @@ class CpuForward:
             flat = [(token, row.start + i, row.slot) for row in rows for i, token in enumerate(row.tokens)]
         numbers: npt.NDArray[Any] = np.array(flat, np.int64).T.copy()  # [3, T]
         places = np.array(wanted, np.int64)
+        if len(flat) > self._x.shape[1]:
+            self._make_room(len(flat))
         logits = torch.empty(len(wanted), self._model.vocab)
         at, tokens = numbers.ctypes.data, len(flat)
         step = _Step(
@@ -116,8 +118,12 @@ class CpuForward:
         self._functions.run_halves(byref(self._model), byref(step), self._halves, self._halves + 1)
         return self._shard.concat(logits)
 
+    def _make_room(self, tokens: int) -> None:
+        self._x = torch.empty(2, tokens, self._model.dim)  # the stream, and what a half layer adds to it
+        self._scratch = torch.empty(self._functions.scratch_bytes(byref(self._model), tokens), dtype=torch.uint8)
 
-def _layer_weights(layer: Layer) -> _LayerWeights:
+
+def _layer_weights(layer: Any) -> _LayerWeights:
     ffn = layer.feed_forward
     w13, w2, gate = (ffn.w13, ffn.w2, ffn.gate.data_ptr()) if isinstance(ffn, MoE) else (ffn.w13.weight, ffn.w2.weight, None)
     attention = layer.attention
@@ -126,13 +132,14 @@ def _layer_weights(layer: Layer) -> _LayerWeights:
 
 
 def _describe(model: Transformer, cache: KVCache, rotation: Tensor, layers: Any) -> _Model:
-    config, shard = model.config, model.shard
-    experts = config.n_experts
+    config, shard, ffn = model.config, model.shard, model.layers[0].feed_forward
+    experts = ffn.experts if isinstance(ffn, MoE) else range(1)
+    hidden = config.hidden_dim // (shard.of_expert.count if isinstance(ffn, MoE) else shard.count)
     return _Model(
         *(model.embedding.dtype == torch.bfloat16, config.dim, config.n_layers),
-        *(config.n_heads // shard.count, cache.n_kv_heads, config.head_dim, config.hidden_dim // shard.count, len(model.head.weight)),
-        *(experts, config.experts_per_token, 0, experts, cache.block_size, config.sliding_window or 0),
-        *(config.norm_eps, True, cache.store.shape[3]),
+        *(config.n_heads // shard.count, cache.n_kv_heads, config.head_dim, hidden, len(model.head.weight)),
+        *(config.n_experts, config.experts_per_token, experts.start, len(experts), cache.block_size, config.sliding_window or 0),
+        *(config.norm_eps, config.moe_normalization_mode == "renorm", cache.store.shape[3]),
         *(weight.data_ptr() for weight in (model.embedding, model.norm.weight, model.head.weight, cache.store, rotation)),
         layers,
     )
