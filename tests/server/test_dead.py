@@ -6,19 +6,19 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from mixtral_client.protocol import ChatMessage, DoneEvent, ErrorEvent, JobSpec, TokenEvent
+from mixtral_client.protocol import ChatMessage, DoneEvent, ErrorEvent, JobEvent, JobSpec
 from mixtral_server.cli import main
+from mixtral_server.cursor import Notice, TokenRow, Tokens
 from mixtral_server.dead import DeadLetters
 from mixtral_server.dead_cli import age
 from mixtral_server.errors import JobNotFound
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.rates import Rate
-from mixtral_server.relay import Followed, Relay
+from mixtral_server.relay import Relay
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess
 
@@ -171,26 +171,33 @@ async def test_unknown_job_is_a_sentence(dead: DeadLetters, job_id: str) -> None
 # ---------------------------------------------------------------------------------------------- readers
 
 
-async def events_of(relay: Relay, job_id: str, after: int = 0, crc: int | None = None) -> list[Followed]:
-    async with aclosing(relay.follow(job_id, after, crc)) as stream:  # type: ignore[type-var]
-        return [one async for one in stream]
+async def read_to_the_end(relay: Relay, job_id: str, after: int = 0, crc: int | None = None) -> tuple[list[TokenRow], JobEvent]:
+    """The tokens and the end of one reader."""
+    rows: list[TokenRow] = []
+    with relay.follow(job_id, after, crc) as follower:
+        while not follower.is_over:
+            batch = await follower.batch(30.0)
+            assert batch, "nothing came"
+            rows += [row for one in batch if isinstance(one, Tokens) for row in one.rows()]
+    assert isinstance(batch[-1], Notice)
+    return rows, batch[-1].event
 
 
 async def test_reader_who_comes_back_sees_the_chat_go_on_and_never_a_fork(bench: Bench, dead: DeadLetters) -> None:
     job_id = await given_up(bench, tokens="abc")
     async with Relay(bench.redis, bench.queue) as relay:  # type: ignore[arg-type]
-        before = await events_of(relay, job_id)
-        assert [type(one.event) for one in before] == [TokenEvent] * 3 + [ErrorEvent]
-        offset, _, crc = (before[2].id or "").partition(".")
+        before, end = await read_to_the_end(relay, job_id)
+        assert [offset for offset, _, _ in before] == [1, 2, 3]
+        assert isinstance(end, ErrorEvent)
         await dead.retry(job_id)
         worker = await bench.worker()
         (job,) = await worker.take()
         await worker.turn(frame(job, 4, "de", finish="stop"))
-        after = await events_of(relay, job_id, int(offset), int(crc, 16))
-        whole = await events_of(relay, job_id)
-    assert [one.event.offset for one in after if isinstance(one.event, TokenEvent)] == [4, 5]
-    assert isinstance(after[-1].event, DoneEvent)
-    assert [one.id for one in before[:3] + after] == [one.id for one in whole]
+        offset, crc, _ = before[-1]
+        after, end = await read_to_the_end(relay, job_id, offset, crc)
+        assert isinstance(end, DoneEvent)
+        assert [offset for offset, _, _ in after] == [4, 5]
+        assert before + after == (await read_to_the_end(relay, job_id))[0]
 
 
 # ---------------------------------------------------------------------------------------------- the command
