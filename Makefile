@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTHON_FILES := server worker clients/python benchmark tests demo.py
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install demo smoke test faults chaos check format bench clean
+.PHONY: help install demo smoke test faults chaos check format bench side-by-side clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ format: $(DONE)/check  ## rewrite Python files to the house's format
 bench: $(DONE)/run  ## 64 chats, 16 at once, against a demo started for it
 	@$(PY) demo.py --port 0 --data_dir "$$(mktemp -d)" --then "$(PY) -m benchmark --total_requests 64 --concurrent_requests 16"
 
+side-by-side: $(DONE)/peers  ## our whole stack, transformers serve and llama.cpp's server on the same weights (FLAGS="--rounds 1")
+	@$(PY) -m benchmark side_by_side $(FLAGS)
+
 clean:  ## remove .venv and caches; data/ (keys, chats) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
@@ -74,6 +77,11 @@ $(DONE)/run: $(DONE)/torch $(SOURCES)
 $(DONE)/test: $(DONE)/run
 	@echo "installing what the tests need"
 	@$(PIP) install -c constraints.txt -e '.[server,worker,postgresql,test]'
+	@touch $@
+
+$(DONE)/peers: $(DONE)/run
+	@echo "installing transformers' server and compiling llama.cpp, which takes minutes"
+	@$(PIP) install -c constraints.txt -e '.[server,worker,peers]'
 	@touch $@
 
 $(DONE)/check: $(DONE)/test

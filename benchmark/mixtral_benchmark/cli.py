@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mixtral_benchmark import compare, plots, report
-from mixtral_benchmark.chaos import House, HouseError, costs
+from mixtral_benchmark import compare, plots, report, side_by_side
+from mixtral_benchmark.chaos import REPLICAS, WORKERS, costs
 from mixtral_benchmark.flags import Flags, parse
+from mixtral_benchmark.house import House, HouseError
 from mixtral_benchmark.intervals import confidence
 from mixtral_benchmark.run import Benchmark, Measured, NotRun
 from mixtral_benchmark.wires import Target
@@ -35,12 +36,12 @@ async def benchmark(flags: Flags, target: Target) -> int:
         return await _benchmark(flags, Benchmark(flags, target, console))
     console.print("starting two replicas and two workers with the demo model", highlight=False)
     try:
-        async with House(flags.endpoint_name) as house:
+        async with House(flags.endpoint_name, REPLICAS, WORKERS) as house:
             flags = replace(flags, api_server=house.target.url)
             return await _benchmark(flags, Benchmark(flags, house.target, console, house))
-    except HouseError as refused:
-        print(refused, file=sys.stderr)
-        return NOT_RUN
+    except* HouseError as refused:  # while it starts, or from the task that breaks it
+        print(refused.exceptions[0], file=sys.stderr)
+    return NOT_RUN
 
 
 async def _benchmark(flags: Flags, run: Benchmark) -> int:
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
         sys.exit(compare.main(argv[1:]))
+    if argv[:1] == ["side_by_side"]:
+        sys.exit(side_by_side.main(argv[1:]))
     flags, target = parse(argv, os.environ)
     try:
         code = asyncio.run(benchmark(flags, target))

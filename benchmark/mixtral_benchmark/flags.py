@@ -29,6 +29,11 @@ PACES = ("request_rate", "trace", "sweep_concurrency", "sweep_rate")
 CHATS_PER_PLACE = 3
 """A sweep's run has at least so many chats for each at once: fewer would be all ramp."""
 
+USAGE = """\
+python -m benchmark --api_server URL --total_requests N [more flags]
+       python -m benchmark compare A.json B.json
+       python -m benchmark side_by_side [--help]"""
+
 DESCRIPTION = """\
 Send many chats at once to a running server and measure, from this side of the network, how fast their tokens come.
 
@@ -58,7 +63,9 @@ examples
   python -m benchmark --base_url http://gpu-box:8000/v1 --endpoint_name mistralai/Mixtral-8x7B-Instruct-v0.1
         any other server that speaks OpenAI's API
   python -m benchmark compare before.json after.json
-        two results side by side, with ratios
+        two results, with ratios
+  python -m benchmark side_by_side
+        our whole stack, `transformers serve` and llama.cpp's server on the same weights, with ratios
 
 exit code
   0 every chat completed   1 some failed (the table names why)   2 nothing was sent   130 interrupted with Ctrl-C"""
@@ -237,7 +244,7 @@ def server_url(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     reader = argparse.ArgumentParser(
         prog="mixtral-benchmark",
-        usage="python -m benchmark --api_server URL --total_requests N [more flags]\n       python -m benchmark compare A.json B.json",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

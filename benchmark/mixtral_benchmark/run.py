@@ -19,9 +19,10 @@ from rich.console import Console
 from mixtral_benchmark.aime import AimeWire, ask_aime_server
 from mixtral_benchmark.arrivals import Pace, moments_s
 from mixtral_benchmark.calibrate import Ruler, calibrate
-from mixtral_benchmark.chaos import House, Incident, ResumingWire, clients_of
+from mixtral_benchmark.chaos import Incident, ResumingWire, break_things, clients_of
 from mixtral_benchmark.flags import DEFAULT_REQUESTS, Flags
 from mixtral_benchmark.goals import goodput
+from mixtral_benchmark.house import House
 from mixtral_benchmark.load import Load, MonotonicClock, Plan
 from mixtral_benchmark.measure import Figure, figures
 from mixtral_benchmark.progress import Shown, note_silence, shown
@@ -162,7 +163,7 @@ class Benchmark:
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(note_silence(watcher, self._clock))]
             if self._house and incidents is not None:
-                breaking = self._house.break_things(self._clock, self._flags.chaos_every_s, self._flags.seed or 0, incidents)
+                breaking = break_things(self._house, self._clock, self._flags.chaos_every_s, self._flags.seed or 0, incidents)
                 beside.append(group.create_task(breaking))
             await load.run()
             for task in beside:
@@ -251,8 +252,8 @@ async def check(http: aiohttp.ClientSession, target: Target, api: str) -> Server
         raise NotRun(f"cannot reach {target.url} ({reason(unreached)}); is the server running, and is --api_server right?") from unreached
     except ValueError as unreadable:
         raise NotRun(f"{target.url} answered something else than a list of models; is --api_server right?") from unreadable
-    if target.endpoint not in server.endpoints:
-        known = ", ".join(server.endpoints) or "none"
+    if server.endpoints and target.endpoint not in server.endpoints:
+        known = ", ".join(server.endpoints)
         raise NotRun(f"{target.url} has no endpoint {target.endpoint!r}; it has: {known}; choose by --endpoint_name")
     return server
 

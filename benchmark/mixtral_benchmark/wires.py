@@ -28,7 +28,6 @@ from mixtral_client.protocol import (
     JobAccepted,
     JobEvent,
     JobView,
-    ModelList,
     MovedEvent,
     RewindEvent,
     TokenEvent,
@@ -111,14 +110,18 @@ class OpenAIWire(Wire):
         body = ask.body(self._target.endpoint) | {"stream": True, "stream_options": {"include_usage": True}}
         async with self._http.post(f"{self._target.url}/v1/chat/completions", json=body) as response:
             await raise_for_status(response)
+            last_s = chat.sent_s
             async for at_s, event in self._events(response):
                 if event.data == "[DONE]":
                     chat.ended_s = at_s
                 elif chat.ended_s is None:
                     self._chunk(chat, at_s, event, read_json(event.data))
-        if chat.ended_s is None or chat.finish is None:
+                    last_s = at_s
+        if chat.finish is None:
             missing = "[DONE]" if chat.ended_s is None else "a finish_reason"
             raise ChatFailed(Failure("stream_cut", f"the stream ended after {chat.tokens} tokens without {missing}"))
+        if chat.ended_s is None:
+            chat.ended_s = last_s  # `transformers serve` sends no [DONE]
 
     def _chunk(self, chat: Chat, at_s: float, event: ServerSentEvent, chunk: dict[str, Any]) -> None:
         if "error" in chunk:
@@ -245,9 +248,17 @@ async def ask_server(http: aiohttp.ClientSession, target: Target) -> ServerFacts
     """Raises MixtralError, aiohttp.ClientError, TimeoutError or ValueError, none of them for want of a worker count."""
     async with asyncio.timeout(CONNECT_TIMEOUT_S), http.get(f"{target.url}/v1/models") as response:
         await raise_for_status(response)
-        listed = ModelList.model_validate_json(await response.read())
+        listed = read_json((await response.read()).decode())
         software = response.headers.get("Server")
-    return ServerFacts(tuple(card.id for card in listed.data), software, await _count_workers(http, target))
+    return ServerFacts(tuple(_model_ids(listed)), software, await _count_workers(http, target))
+
+
+def _model_ids(listed: dict[str, Any]) -> list[str]:
+    """Of OpenAI's list of models; some servers leave out what else belongs there. Raises ValueError."""
+    cards = listed.get("data")
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards):
+        raise ValueError(f"a list of models was due; got {str(listed)[:80]}")
+    return [card["id"] for card in cards]
 
 
 async def _count_workers(http: aiohttp.ClientSession, target: Target) -> int | None:

@@ -1,4 +1,4 @@
-"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity and perplexity.
+"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity, export and perplexity.
 
 Decides who speaks (help: rank 0; logs: rank 0; errors: the first rank of a host) and with which code a rank ends: 0 after an orderly stop,
 2 for settings or a checkpoint that cannot work, 1 for everything else. Imports torch only once the settings hold.
@@ -26,6 +26,10 @@ def main() -> None:
         from mixtral_worker import capacity_cli
 
         sys.exit(0 if rank else capacity_cli.main(argv[1:]))
+    if argv[:1] == ["export"]:
+        from mixtral_worker import export
+
+        sys.exit(0 if rank else export.main(argv[1:]))
     if rank and {"-h", "--help"} & set(argv):
         sys.exit(0)
     if argv[:1] == ["perplexity"]:

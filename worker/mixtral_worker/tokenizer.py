@@ -6,7 +6,8 @@ Leaves to prompt.py which ids stand around a message, and to detokenizer.py how 
 SentencePiece writes a blank as U+2581 and puts one in front of every text; `decode` takes that one away again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -16,6 +17,15 @@ BLANK = "\u2581"
 
 class TokenizerError(ValueError):
     """tokenizer file cannot be used; the message names the file and what to do"""
+
+
+@dataclass(frozen=True)
+class VocabularyPiece:
+    """One id as SentencePiece's file has it. kind: NORMAL, BYTE, CONTROL or UNKNOWN."""
+
+    text: str
+    score: float
+    kind: str
 
 
 class Tokenizer:
@@ -63,6 +73,16 @@ class Tokenizer:
     def control_id(self, piece: str) -> int | None:
         """Id of a control piece such as "[INST]", or None where the vocabulary has it only as ordinary text or not at all."""
         return self._control_ids.get(piece)
+
+    @property
+    def control_pieces(self) -> Mapping[str, int]:
+        """Every control piece and its id."""
+        return self._control_ids
+
+    def vocabulary_piece(self, id: int) -> VocabularyPiece:
+        pieces = self._pieces
+        kind = "CONTROL" if pieces.is_control(id) else "BYTE" if pieces.is_byte(id) else "UNKNOWN" if pieces.is_unknown(id) else "NORMAL"
+        return VocabularyPiece(pieces.id_to_piece(id), pieces.get_score(id), kind)
 
     def _encode_continuing(self, text: str) -> list[int]:
         # A newline is a byte piece that merges with nothing: blank, newline, then the text as it is in mid-sentence.
