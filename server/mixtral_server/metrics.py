@@ -1,13 +1,15 @@
 """What /metrics shows, for Prometheus. Decides names and labels; leaves counting to whoever does what is counted.
 
 Labels take few values: a route is its pattern, an endpoint is one of the endpoint files. Numbers read from Redis (mixtral_queue_*,
-mixtral_jobs_ended, mixtral_tokens) are the same at every replica: take max() over replicas, not sum().
+mixtral_jobs_ended, mixtral_tokens, mixtral_worker_*) are the same at every replica: take max() over replicas, not sum().
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter as Counts
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +17,35 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+MOST_WORKERS = 256  # of an endpoint, shown one by one
+_NO_COUNT_REACHES = 1e300
+_STEP_PARTS = ("schedule", "broadcast", "forward", "sample", "detokenise")
+_WORKER_GAUGES = {
+    "running": "chats in the batch now",
+    "waiting": "chats in the worker that wait for a slot or for blocks",
+    "slots": "most chats in the batch",
+    "kv_blocks_used": "KV blocks that chats hold",
+    "kv_blocks_kept": "KV blocks that a prompt with the same beginning would find",
+    "kv_blocks": "KV blocks in all",
+    "tokens_per_s": "tokens generated per second over the last ten seconds",
+    "steps_per_s": "steps per second over the last ten seconds",
+    "bandwidth_share": "share of the devices' memory bandwidth that forward passes of the last ten seconds reached",
+    "expert_imbalance": "busiest expert over the mean one in the last ten seconds, averaged over layers; 0 without tokens",
+    "device_bytes_per_s": "bytes per second that the worker's devices can read; 0 if unknown",
+}
+_WORKER_COUNTERS = {
+    "tokens_total": "tokens generated since the worker started",
+    "jobs_total": "jobs taken since the worker started",
+    "failed_total": "jobs that failed in the worker since it started",
+    "prompt_tokens_total": "prompt tokens that entered the batch",
+    "reused_tokens_total": "prompt tokens that were found in the cache instead of computed",
+    "preemptions_total": "chats that gave up their slot or blocks for others",
+    "steps_total": "forward passes since the worker started",
+    "step_rows_total": "chats in those passes; divided by their number, the mean batch",
+    "step_tokens_total": "tokens fed in those passes",
+    "step_bytes_total": "bytes of weights and KV cache that those passes had to read",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,57 @@ class QueueNumbers:
     dead_letters: int
     tokens: int
     ended: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkerNumbers:
+    """What one worker with a lease says of itself. Its words are not ours: only known names with finite numbers are shown."""
+
+    endpoint: str
+    name: str
+    telemetry: Mapping[str, Any]
+
+    def number(self, field: str) -> float | None:
+        value = self.telemetry.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _NO_COUNT_REACHES:
+            return None
+        return float(value)
+
+
+class _WorkerCollector(Collector):
+    """Shows the workers that held a lease at this very scrape; one that is gone is shown no more."""
+
+    def __init__(self) -> None:
+        self.workers: Sequence[WorkerNumbers] = ()
+
+    def collect(self) -> Iterable[Metric]:
+        named = list(zip(self.workers, _labels(self.workers), strict=True))
+        for kind, names in ((GaugeMetricFamily, _WORKER_GAUGES), (CounterMetricFamily, _WORKER_COUNTERS)):
+            for name, sentence in names.items():
+                metric = kind(f"mixtral_worker_{name.removesuffix('_total')}", sentence, labels=["endpoint", "worker"])
+                for worker, label in named:
+                    if (number := worker.number(name)) is not None:
+                        metric.add_metric([worker.endpoint, label], number)
+                yield metric
+        parts = CounterMetricFamily(
+            "mixtral_worker_step_seconds", "time that steps took since the worker started, by part", labels=["endpoint", "worker", "part"]
+        )
+        for worker, label in named:
+            for part in _STEP_PARTS:
+                if (number := worker.number(f"{part}_s_total")) is not None:
+                    parts.add_metric([worker.endpoint, label, part], number)
+        yield parts
+
+
+def _labels(workers: Sequence[WorkerNumbers]) -> list[str]:
+    """One label each: the worker's name, and for the second of a name its number. Never the session, which is another after each login."""
+    seen: Counts[tuple[str, str]] = Counts()
+    labels = []
+    for worker in workers:
+        seen[worker.endpoint, worker.name] += 1
+        count = seen[worker.endpoint, worker.name]
+        labels.append(worker.name if count == 1 else f"{worker.name} #{count}")
+    return labels
 
 
 class _QueueCollector(Collector):
@@ -66,7 +148,9 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self._queue = _QueueCollector()
+        self._workers = _WorkerCollector()
         registry.register(self._queue)
+        registry.register(self._workers)
         self.requests = Counter("mixtral_http_requests", "requests answered", ["method", "route", "status"], registry=registry)
         self.request_seconds = Histogram(
             "mixtral_http_request_seconds", "from a request's head to the end of its answer", ["route"], buckets=_SECONDS, registry=registry
@@ -89,7 +173,8 @@ class Metrics:
         self.upkeep_failures = Counter("mixtral_upkeep_failures", "rounds of a background task that failed", ["task"], registry=registry)
         self.redis_up = Gauge("mixtral_redis_up", "1 when Redis answered this scrape", registry=registry)
 
-    def render(self, queues: Mapping[str, QueueNumbers]) -> bytes:
-        """The text of one scrape. queues: what Redis said just now, by endpoint."""
+    def render(self, queues: Mapping[str, QueueNumbers], workers: Sequence[WorkerNumbers] = ()) -> bytes:
+        """The text of one scrape. queues: what Redis said just now, by endpoint; workers: those with a lease, by login."""
         self._queue.numbers = dict(queues)
+        self._workers.workers = workers
         return generate_latest(self._registry)

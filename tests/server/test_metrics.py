@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mixtral_server.errors import RedisUnavailable
-from mixtral_server.metrics import Metrics, QueueNumbers
+from mixtral_server.metrics import Metrics, QueueNumbers, WorkerNumbers
 from mixtral_server.tasks import end
 from mixtral_server.upkeep import every, watch_loop
 from support.http import until
@@ -79,3 +79,36 @@ def test_two_servers_in_one_process_do_not_share_counts() -> None:
     first, second = Metrics(), Metrics()
     first.readers_dropped.inc()
     assert value(second, "mixtral_readers_dropped_total") == 0
+
+
+def test_a_workers_words_are_shown_only_where_they_are_known_numbers() -> None:
+    said = {
+        "running": 3,
+        "bandwidth_share": 0.5,
+        "tokens_total": float("inf"),
+        "jobs_total": "many",
+        "slots": True,
+        "steps_total": 10**400,
+        "expert_imbalance": None,
+        "waiting": [],
+        "their_own_idea": 1,
+        "forward_s_total": 2.5,
+    }
+    text = Metrics().render({}, [WorkerNumbers("mixtral_chat", 'a "box"\n', said)]).decode()
+    shown = [line for line in text.splitlines() if line.startswith("mixtral_worker_")]
+    labels = 'endpoint="mixtral_chat",worker="a \\"box\\"\\n"'
+    assert shown == [
+        f"mixtral_worker_running{{{labels}}} 3.0",
+        f"mixtral_worker_bandwidth_share{{{labels}}} 0.5",
+        'mixtral_worker_step_seconds_total{endpoint="mixtral_chat",part="forward",worker="a \\"box\\"\\n"} 2.5',
+    ]
+
+
+def test_workers_of_one_name_are_told_apart_and_never_by_their_session() -> None:
+    workers = [WorkerNumbers(endpoint, "box", {"running": i}) for i, endpoint in enumerate(("a", "b", "a"))]
+    text = Metrics().render({}, workers).decode()
+    assert [line for line in text.splitlines() if line.startswith("mixtral_worker_running{")] == [
+        'mixtral_worker_running{endpoint="a",worker="box"} 0.0',
+        'mixtral_worker_running{endpoint="b",worker="box"} 1.0',
+        'mixtral_worker_running{endpoint="a",worker="box #2"} 2.0',
+    ]

@@ -79,6 +79,10 @@ class ToyEngine:
         self._blocks = [[0] * BLOCK_SIZE for _ in range(num_blocks)]
         self._step_s = step_s
         self._poison = poison
+        self.sample_s = 0.0
+
+    def expert_tokens(self) -> None:
+        """It has no experts."""
 
     def step(self, plan: StepPlan) -> list[int]:
         time.sleep(self._step_s)

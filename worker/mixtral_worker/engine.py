@@ -4,10 +4,13 @@ Holds the weights and the KV cache of this rank and turns a StepPlan into tensor
 ids mean is the loop's. Every rank calls step with the same plan; rank 0 alone draws the tokens.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,11 +20,14 @@ from mixtral_worker.model import checkpoint
 from mixtral_worker.model.attention import Batch, Chunk, Decodes
 from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.kv_cache import KVCache
+from mixtral_worker.model.moe import MoE
 from mixtral_worker.model.parallel import Shard
 from mixtral_worker.model.rope import rotations
 from mixtral_worker.model.transformer import Transformer
 from mixtral_worker.plan import Row, StepPlan
 from mixtral_worker.sampling import sample
+
+COUNT_EVERY = 16  # steps on a GPU, where one small kernel more per layer would be felt in each
 
 SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then up to 2⁵, 2⁶ …: at most half of the work is padding
 
@@ -37,6 +43,8 @@ class Engine:
         self.device = cache.store.device
         self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
         self.fast = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens on a CPU
+        self.sample_s = 0.0  # spent on drawing ids since the start
+        self._expert_tokens = torch.zeros(self.config.n_layers, self.config.n_experts, dtype=torch.int64, device=self.device)
 
     @classmethod
     def load(
@@ -94,9 +102,18 @@ class Engine:
         logits = self.logits(plan)
         if self.model.shard.index or not drawing:
             return []
+        began_s = time.perf_counter()
         settings, offsets = [row.sampling for row in drawing], [row.offset for row in drawing]
         ids: list[int] = sample(logits[:, : self.vocab_size], settings, offsets, steered).tolist()
+        self.sample_s += time.perf_counter() - began_s
         return ids
+
+    def expert_tokens(self) -> npt.NDArray[np.int64] | None:
+        """How many tokens each expert was chosen for since the start, [L, E]; on a GPU of every 16th step. None for a dense model."""
+        if not self.config.is_moe:
+            return None
+        counts: npt.NDArray[np.int64] = self._expert_tokens.cpu().numpy()
+        return counts + self.fast.expert_tokens.astype(np.int64) if self.fast else counts
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, last: Sequence[int] | None = None) -> Tensor:
@@ -110,8 +127,15 @@ class Engine:
             self.fast.remember(plan.rows)
             if sum(len(row.tokens) for row in plan.rows) <= self.fast.most_tokens:
                 return self.fast.logits(plan.rows, wanted)
+        self._count_experts(self.device.type == "cpu" or plan.step % COUNT_EVERY == 0)
         logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._tensor(wanted))
         return logits
+
+    def _count_experts(self, wanted: bool) -> None:
+        """Let the routers count in the coming pass, or not."""
+        for layer, counts in zip(self.model.layers, self._expert_tokens, strict=True):
+            if isinstance(layer.feed_forward, MoE):
+                layer.feed_forward.expert_tokens = counts if wanted else None
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         positions = [p for row in rows for p in range(row.start, row.end)]

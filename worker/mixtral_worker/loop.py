@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from mixtral_client.protocol import FrameError, JobSpec, TokenChance, TokenLogprobs, WorkerJob
+from mixtral_worker.account import Account
 from mixtral_worker.detokenizer import Detokenizer
 from mixtral_worker.grammar import GrammarRefused, Grammars
 from mixtral_worker.link import DrainAsked, End, JobDropped, JobTaken, Link, LinkEnded, Piece
@@ -23,7 +25,7 @@ from mixtral_worker.plan import Kind, PlanCodec, Sampling, StepPlan
 from mixtral_worker.prompt import Message, PromptRefused, encode_chat, encode_fitting, encode_text
 from mixtral_worker.scheduler import DoesNotFit, Scheduler, Sequence
 from mixtral_worker.steering import Chances, Steering, Wishes
-from mixtral_worker.telemetry import LOG, SUMMARY_EVERY_S, Rate, Telemetry, line
+from mixtral_worker.telemetry import LOG, SUMMARY_EVERY_S, TELL_EVERY_S, Rate, Telemetry, line, summary
 from mixtral_worker.tokenizer import Tokenizer
 from mixtral_worker.watchdog import Watchdog
 
@@ -63,6 +65,7 @@ class Batch:
         self._answers: dict[str, _Answer] = {}
         self._compiling: list[_Answer] = []  # wait for their grammar, outside the scheduler
         self._tokens, self._steps = Rate(), Rate()
+        self._schedule_s = self._detokenise_s = 0.0
         self._tokens_total = self._jobs_total = self._failed_total = 0
 
     def __len__(self) -> int:
@@ -86,15 +89,24 @@ class Batch:
             LOG.info(line("dropped", job=job_id, attempt=attempt, tokens=len(answer.sequence.produced_ids)))
 
     def plan_step(self) -> StepPlan | None:
-        return self.scheduler.plan_step()
+        began_s = time.perf_counter()
+        plan = self.scheduler.plan_step()
+        self._schedule_s += time.perf_counter() - began_s
+        return plan
 
     def record(self, plan: StepPlan, next_ids: list[int]) -> list[Piece]:
         """Take in the ids of a step: their text, and which jobs end with them."""
+        began_s = time.perf_counter()
         news = self.scheduler.record(plan, next_ids)
-        self._steps.add(self._clock(), 1)
-        self._tokens.add(self._clock(), len(news))
+        recorded_s = time.perf_counter()
+        now_s = self._clock()
+        self._steps.add(now_s, 1)
+        self._tokens.add(now_s, len(news))
         self._tokens_total += len(news)
-        return [self._piece(self._answers[sequence.job_id], next_id) for sequence, next_id in news]
+        pieces = [self._piece(self._answers[sequence.job_id], next_id) for sequence, next_id in news]
+        self._schedule_s += recorded_s - began_s
+        self._detokenise_s += time.perf_counter() - recorded_s
+        return pieces
 
     def give_up_largest(self, plan: StepPlan, reason: str) -> list[Piece]:
         """A step found no memory: the job that asked for most of it fails, newcomers first, so that the others go on."""
@@ -105,7 +117,8 @@ class Batch:
         sentence = f"this worker's memory holds no chat of {row.end:,} tokens beside those that run ({reason}); shorten it, or ask again"
         return [self._failed(answer.job, len(sequence.prompt_ids), "out_of_memory", sentence)]
 
-    def telemetry(self) -> Telemetry:
+    def telemetry(self, of_steps: Mapping[str, Any] = MappingProxyType({})) -> Telemetry:
+        """of_steps: the crew's figures, by the names of Telemetry's fields."""
         scheduler, now_s = self.scheduler, self._clock()
         return Telemetry(
             running=len(scheduler.running),
@@ -122,6 +135,9 @@ class Batch:
             prompt_tokens_total=scheduler.entered_tokens,
             reused_tokens_total=scheduler.reused_tokens,
             preemptions_total=scheduler.preemptions,
+            schedule_s_total=self._schedule_s,
+            detokenise_s_total=self._detokenise_s,
+            **of_steps,
         )
 
     def _admit(self, job: WorkerJob) -> Piece | None:
@@ -304,20 +320,29 @@ class Batch:
 class Crew:
     """All ranks as one engine, seen from rank 0."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, codec: PlanCodec, watchdog: Watchdog) -> None:
+    def __init__(self, engine: Engine, ranks: Ranks, codec: PlanCodec, watchdog: Watchdog, account: Account | None = None) -> None:
         self._engine, self._ranks, self._codec, self._watchdog = engine, ranks, codec, watchdog
+        self._account = account or Account()
         self._step = 0
         self._shared_s = 0.0
 
     def step(self, plan: StepPlan) -> list[int]:
         """Raises MemoryError where no rank had room for it; where only some had, no rank can go on, and all end."""
         self._step = plan.step
+        began_s = time.perf_counter()
         self._share(plan)
+        shared_s = time.perf_counter()
         try:
-            return self._engine.step(plan)
+            next_ids = self._engine.step(plan)
         except MemoryError:
             self._ranks.meet()
             raise
+        self._account.add(plan, shared_s - began_s, time.perf_counter() - shared_s)
+        return next_ids
+
+    def figures(self) -> dict[str, Any]:
+        """What the steps cost and carried, for Telemetry."""
+        return self._account.figures(self._engine.sample_s, self._engine.expert_tokens())
 
     def idle(self) -> None:
         """Call at least every second while there is no step: the other ranks wait for a plan, the watchdog for a sign of life."""
@@ -350,7 +375,7 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
     """
     link.start()
     draining, give_up_s = False, float("inf")
-    summary_due_s = 0.0
+    summary_due_s, told_s, told = 0.0, float("-inf"), Telemetry()
     plan: StepPlan | None = None
     while True:
         link.beat()
@@ -377,13 +402,15 @@ def run_leader(batch: Batch, crew: Crew, link: Link, asked_to_stop: Callable[[],
         plan = None if link.is_full else batch.plan_step()
         if plan is None:
             crew.idle()
-            link.telemetry, summary_due_s = batch.telemetry(), now_s + SUMMARY_EVERY_S
+            link.telemetry, summary_due_s = batch.telemetry(crew.figures()), now_s + SUMMARY_EVERY_S
             continue
         link.report(advance(batch, crew, plan))
-        link.telemetry = batch.telemetry()
+        if now_s >= told_s + TELL_EVERY_S:
+            told_s, link.telemetry = now_s, batch.telemetry(crew.figures())
         if now_s >= summary_due_s:
             summary_due_s = now_s + SUMMARY_EVERY_S
-            LOG.info(line("summary", **link.telemetry.as_fields()))
+            LOG.info(line("summary", **summary(told, link.telemetry)))
+            told = link.telemetry
     crew.idle()
     link.close(LOGOUT_WITHIN_S)
     crew.stop()

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from mixtral_client.protocol import PROTOCOL_VERSION, Sampling, SessionRequest
-from mixtral_worker import ranks
+from mixtral_worker import bandwidth, loading, ranks
+from mixtral_worker.account import Account
 from mixtral_worker.blocks import BLOCK_SIZE, BlockPool
 from mixtral_worker.engine import Engine
 from mixtral_worker.link import Link
@@ -58,7 +59,9 @@ def run(settings: Settings, signals: Signals) -> int:
             run_follower(engine, here, codec, watchdog)
             return 0
         scheduler = Scheduler(max_slots, BlockPool(engine.num_blocks), max_seq_len)
-        batch, crew = Batch(scheduler, tokenizer, prompt_format), Crew(engine, here, codec, watchdog)
+        reads = bandwidth.bytes_per_s(here.device, here.world, here.world // here.ranks_on_host)
+        account = Account(config, loading.PRECISIONS[engine.cache.store.dtype], reads)
+        batch, crew = Batch(scheduler, tokenizer, prompt_format), Crew(engine, here, codec, watchdog, account)
         return _serve(settings, signals, batch, crew, engine) if settings.api_server else _chat(settings, signals, batch, crew)
 
 

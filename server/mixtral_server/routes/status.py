@@ -8,7 +8,7 @@ import logging
 from aiohttp import web
 
 from mixtral_server.errors import RedisUnavailable, RequestRefused, ServiceError, Unavailable
-from mixtral_server.metrics import CONTENT_TYPE, QueueNumbers
+from mixtral_server.metrics import CONTENT_TYPE, MOST_WORKERS, QueueNumbers, WorkerNumbers
 from mixtral_server.records import LiveWorker
 from mixtral_server.routes.service import PublicRoute, Service
 
@@ -47,11 +47,12 @@ async def _sessions(service: Service) -> list[list[LiveWorker]]:
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
     """Numbers of this replica, and of the queues as Redis holds them."""
-    queues = {}
+    queues, workers = {}, []
     is_redis_up = True
     for endpoint in service.endpoints:
         try:
             depth = await service.queue.depth(endpoint)
+            sessions = sorted(await service.queue.sessions(endpoint), key=lambda one: (one.opened, one.session))
         except ServiceError as error:
             is_redis_up = is_redis_up and not isinstance(error, RedisUnavailable)
             log.warning("event=depth_unread endpoint=%s code=%s", endpoint, error.code)
@@ -66,8 +67,9 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
             tokens=depth.tokens,
             ended=depth.ended,
         )
+        workers += [WorkerNumbers(endpoint, one.name, one.telemetry) for one in sessions[:MOST_WORKERS]]
     service.metrics.redis_up.set(is_redis_up)
-    return web.Response(body=service.metrics.render(queues), headers={"Content-Type": CONTENT_TYPE})
+    return web.Response(body=service.metrics.render(queues, workers), headers={"Content-Type": CONTENT_TYPE})
 
 
 ROUTES = (

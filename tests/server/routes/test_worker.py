@@ -165,3 +165,30 @@ async def test_client_key_opens_no_worker_route_and_sees_no_job(http: aiohttp.Cl
         async with http.request(method, path, json=body) as answer:
             assert answer.status == 403
             assert "secret" not in await answer.text()
+
+
+async def test_metrics_show_what_a_worker_said_in_its_last_turn_until_it_logs_out(
+    http: aiohttp.ClientSession, as_worker: dict[str, str]
+) -> None:
+    async def shown() -> list[str]:
+        async with http.get("/metrics") as answer:
+            assert answer.status == 200
+            return [line for line in (await answer.text()).splitlines() if line.startswith("mixtral_worker_")]
+
+    session = await login(http, as_worker)
+    assert await shown() == []
+    async with http.post("/v1/jobs", json=CHAT) as answer:
+        assert answer.status == 202
+    telemetry = {"running": 1, "kv_blocks": 64, "forward_s_total": 1.5, "expert_imbalance": 1.25}
+    (job,) = (await turn(http, as_worker, session=session, turn=1, room=4)).jobs
+    await turn(http, as_worker, session=session, turn=2, room=3, holding=[[job.id, job.attempt]], telemetry=telemetry)
+    labels = 'endpoint="mixtral_chat",worker="box"'
+    assert await shown() == [
+        f"mixtral_worker_running{{{labels}}} 1.0",
+        f"mixtral_worker_kv_blocks{{{labels}}} 64.0",
+        f"mixtral_worker_expert_imbalance{{{labels}}} 1.25",
+        'mixtral_worker_step_seconds_total{endpoint="mixtral_chat",part="forward",worker="box"} 1.5',
+    ]
+    async with http.delete(f"/v1/worker/sessions/{session}", headers=as_worker) as answer:
+        assert answer.ok
+    assert await shown() == []

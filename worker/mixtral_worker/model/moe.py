@@ -32,6 +32,7 @@ class MoE(nn.Module):
         self.shard = shard
         self.experts_per_token = config.experts_per_token
         self.normalization = config.moe_normalization_mode
+        self.expert_tokens: Tensor | None = None  # [all experts] where to count how many tokens chose each, if anywhere
         self.gate = nn.Parameter(torch.empty(config.n_experts, config.dim), requires_grad=False)
         self.w13 = nn.Parameter(torch.empty(len(self.experts), 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
         self.w2 = nn.Parameter(torch.empty(len(self.experts), config.dim, hidden), requires_grad=False)  # [E, dim, F]
@@ -42,6 +43,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
         weights, experts = self.choose(x)
+        if self.expert_tokens is not None:
+            self.expert_tokens.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
         pairs = experts.flatten() - self.experts.start  # [P]
         is_elsewhere = (pairs < 0) | (pairs >= len(self.experts)) if self.shard.ep_size > 1 else None
         if is_elsewhere is not None:
