@@ -83,7 +83,8 @@ class TlsRedis(RedisProcess):
         self._certificates_folder = Path(tempfile.mkdtemp(prefix="mixtral-tls-"))
         self.certificates = ours = Certificates(self._certificates_folder)
         tls = ("--tls-port", str(self.port), "--tls-cert-file", ours.path("server.crt"), "--tls-key-file", ours.path("server.key"))
-        tls += ("--tls-ca-cert-file", ours.path("ca.crt"), "--appendonly", "yes", "--user", f"{user} on >{PASSWORD} {rules}")
+        tls += ("--tls-ca-cert-file", ours.path("ca.crt"), "--appendonly", "yes")
+        tls += ("--user", user, "on", f">{PASSWORD}", *rules.split())
         super().__init__(redis_binary(version), *tls)
         self.tls_url = f"rediss://{user}:{quote(PASSWORD, safe='')}@127.0.0.1:{self.port}/0?{self.certificates.options}"
 
