@@ -84,6 +84,7 @@ class FakeServer:
         self.turns: list[TurnRequest] = []  # repeats included
         self.answers_to_lose = 0
         self.answers_to_refuse: list[int] = []  # statuses, before anything is done
+        self.retry_after_s = 0  # said with each of them
         self.spoil_job: Callable[[dict[str, Any]], None] | None = None
         self.drain = False
         self.port = 0
@@ -278,7 +279,10 @@ class FakeServer:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
             return _error(401, "invalid_api_key", "this key opens nothing here")
         if self.answers_to_refuse:
-            return _error(self.answers_to_refuse.pop(0), "unavailable", "not now")
+            refusal = _error(self.answers_to_refuse.pop(0), "unavailable", "not now")
+            if self.retry_after_s:
+                refusal.headers["Retry-After"] = str(self.retry_after_s)
+            return refusal
         return None
 
     async def _notify(self) -> None:

@@ -152,6 +152,16 @@ async def test_busy_server_is_asked_again_until_it_answers() -> None:
             assert job.ids == ids(2)
 
 
+async def test_no_pause_outlasts_the_lease_however_long_the_server_asks_for() -> None:
+    async with serving(lease_s=4.0) as server, linked(server) as loop:
+        job = await server.put(messages=CHAT)
+        await loop.next(JobTaken)
+        server.answers_to_refuse, server.retry_after_s = [503, 503], 8
+        loop.link.report(tokens(job, 1, 2, "stop"))
+        await loop.beat_until(asyncio.ensure_future(server.finished(job)))
+        assert (job.ids, job.attempt, len(server.logins)) == (ids(2), 1, 1)
+
+
 async def test_a_lapsed_session_drops_the_batch_and_the_job_comes_back_under_a_new_session() -> None:
     async with serving() as server, linked(server) as loop:
         job = await server.put(messages=CHAT)

@@ -419,7 +419,7 @@ class Link:
     async def _answer_to(self, http: aiohttp.ClientSession, request: TurnRequest, session: SessionAnswer) -> tuple[TurnAnswer, list[_Held]]:
         """Send the turn, and the same bytes again until they are answered."""
         body = request.model_dump_json(exclude_none=True).encode()
-        timeout_s = max(2.0, session.lease_s / 2) if request.holding else POLL_TIMEOUT_S
+        timeout_s = max(1.0, session.lease_s / 2) if request.holding else POLL_TIMEOUT_S
         while True:
             try:
                 answer = _read_answer(await self._post(http, "/v1/worker/turn", body, timeout_s))
@@ -432,7 +432,7 @@ class Link:
                 raise _SessionLost(str(refused)) from refused
             except (_Unanswered, ValidationError) as lost:
                 self._note_failure(lost)
-                await self._pause(getattr(lost, "retry_after_s", 0.0))
+                await self._pause(getattr(lost, "retry_after_s", 0.0), at_most_s=session.lease_s / 4)
                 continue
             self._note_success()
             return answer
@@ -515,11 +515,14 @@ class Link:
         hint = {401: f"; set {KEY_VARIABLE} to the worker key in the server's keys.env", 404: "; check --api_server and --endpoint_name"}
         return f"{self.address} refused this worker with status {refused.status}: {refused}{hint.get(refused.status, '')}"
 
-    async def _pause(self, at_least_s: float) -> None:
-        """Nothing after a success; after failures a growing, jittered while, so that workers do not return in step."""
+    async def _pause(self, at_least_s: float, at_most_s: float = math.inf) -> None:
+        """Nothing after a success; after failures a growing, jittered while, so that workers do not return in step.
+
+        at_most_s goes before all: a lease that ran out in a pause would cost every chat of the batch a move.
+        """
         if self._failures:
-            longest_s = min(MAX_PAUSE_S, 0.1 * 2 ** min(self._failures, 10))
-            await asyncio.sleep(max(at_least_s, longest_s * self._random.uniform(0.5, 1.0)))
+            longest_s = min(MAX_PAUSE_S, at_most_s, 0.1 * 2 ** min(self._failures, 10))
+            await asyncio.sleep(max(min(at_least_s, at_most_s), longest_s * self._random.uniform(0.5, 1.0)))
 
     def _note_failure(self, error: Exception) -> None:
         now_s = time.monotonic()
