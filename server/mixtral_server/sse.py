@@ -19,7 +19,9 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx and its kin must pass each event on at once
 }
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
+PING = b": ping\n"
+"""A comment, without an empty line after it: to the openai package an empty line ends an event, if ever an id was told, and it fails at one
+without data."""
 
 
 def encode(event: JobEvent, event_id: str | None = None) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from mixtral_worker.settings import KEY_VARIABLE
 from support.chaos_faults import LEASE_S, REPLICAS, WORKERS, Chaos, schedule
-from support.chaos_load import Load, Tally
+from support.chaos_load import GivenUp, Load, Tally
 from support.fault_proxy import FaultProxy
 from support.history import Readers
 from support.house import House
@@ -163,26 +162,16 @@ async def _run(folder: Path, house: House, nginx: Nginx, seed: int, seconds: flo
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result
-        unproven = [job for job in load.tally.dead if not _died_thrice(job, chaos)]
+        unproven = [dead.job_id for dead in load.tally.dead if not _is_proven(dead, chaos)]
         after = _memory(house, nginx)
         demo_chats = demo_task.result() if demo_task and not demo_task.cancelled() else 0
         memory = [(name, was, after.get(name, 0.0)) for name, was in before.items()]
         return Outcome(seed, ran_s, load.tally, chaos.done, unproven, stuck, demo_chats, memory)
 
 
-def _died_thrice(job: str, chaos: Chaos) -> bool:
-    """Whether three workers had the job, and each was struck while it did."""
-    taken = sorted(
-        (float(at), number)
-        for number, worker in enumerate(chaos.workers)
-        for at in re.findall(rf"time=([\d.]+) job={re.escape(job)} event=taken", worker.said())
-    )
-    ends = [*(at for at, _ in taken[1:]), time.time()]
-    struck = [
-        any(which in (number, None) and at - 1.0 <= hit <= end for hit, which in chaos.hurt)
-        for (at, number), end in zip(taken, ends, strict=True)
-    ]
-    return sum(struck) >= 3
+def _is_proven(dead: GivenUp, chaos: Chaos) -> bool:
+    """Whether the job had three leases, and workers were struck three times at least while it lived."""
+    return dead.state == "dead" and dead.attempts >= 3 and sum(dead.created_s <= hit <= dead.told_s for hit in chaos.hurt) >= 3
 
 
 def _memory(house: House, nginx: Nginx) -> dict[str, float]:

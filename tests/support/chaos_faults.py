@@ -17,12 +17,12 @@ from support.fault_proxy import FaultProxy
 from support.house import House, Program, Replica
 
 WORKERS, REPLICAS = 4, 3
-LEASE_S = 2.0
+LEASE_S = 3.0
 END_S = 60.0  # a process that was asked to end and is still there then is stuck
 KINDS: dict[tuple[str, str], tuple[int, float, float]] = {
     # (what, how) → (how often against others, shortest, longest time in s that it lasts or its victim stays away)
     ("worker", "kill -9"): (4, 0.0, 1.0),
-    ("worker", "stop"): (3, 0.3, 2.0 * LEASE_S),
+    ("worker", "stop"): (3, 0.3, 1.5 * LEASE_S),
     ("worker", "sigterm"): (2, 0.0, 0.5),
     ("replica", "kill -9"): (4, 0.0, 1.5),
     ("replica", "stop"): (2, 0.3, 4.0),
@@ -32,7 +32,7 @@ KINDS: dict[tuple[str, str], tuple[int, float, float]] = {
     ("redis", "sigterm"): (1, 0.0, 2.0),
     ("network", "reset"): (2, 0.0, 0.0),
     ("network", "half-close"): (1, 0.0, 0.0),
-    ("network", "black hole"): (2, 0.3, 2.0 * LEASE_S),
+    ("network", "black hole"): (2, 0.3, 1.5 * LEASE_S),
     ("network", "lost answers"): (2, 1.0, 4.0),
     ("network", "latency"): (1, 1.0, 4.0),
 }
@@ -73,8 +73,8 @@ class Chaos:
     wires: list[FaultProxy]  # one between each worker and the balancer
     done: Counter[str] = field(default_factory=Counter)
     last: str = ""
-    hurt: list[tuple[float, int | None]] = field(default_factory=list)
-    """(unix time, worker) of each fault that may cost a lease; a replica that stands still may hold any worker's turn, so None."""
+    hurt: list[float] = field(default_factory=list)
+    """When (unix time) faults struck that may cost a worker its lease: at workers, at their wires, and at replicas that stood still."""
     stuck: list[str] = field(default_factory=list)
     _locks: dict[tuple[str, int], asyncio.Lock] = field(default_factory=dict)
 
@@ -90,10 +90,8 @@ class Chaos:
         async with self._locks.setdefault((fault.what, fault.which), asyncio.Lock()):
             self.last = str(fault)
             self.done[f"{fault.what} {fault.how}"] += 1
-            if fault.what in ("worker", "network"):
-                self.hurt.append((time.time(), fault.which))
-            elif (fault.what, fault.how) == ("replica", "stop"):
-                self.hurt.append((time.time(), None))
+            if fault.what in ("worker", "network") or (fault.what, fault.how) == ("replica", "stop"):
+                self.hurt.append(time.time())
             match fault.what:
                 case "worker":
                     await self._program(self.workers[fault.which], fault)

@@ -31,6 +31,17 @@ OPENAI_SILENCE_S = 30.0  # an answer that is not streamed is silent to its end
 VIEW_FOR_S = 60.0
 
 
+@dataclass(frozen=True)
+class GivenUp:
+    """A job whose reader was told that its workers died. Times are unix seconds."""
+
+    job_id: str
+    state: str
+    attempts: int
+    created_s: float
+    told_s: float
+
+
 @dataclass
 class Tally:
     """What became of the chats."""
@@ -43,7 +54,7 @@ class Tally:
     refusals: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
     broken: list[Broken] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)  # jobs whose readers were told that their workers died
+    dead: list[GivenUp] = field(default_factory=list)
     open: dict[str, Chat] = field(default_factory=dict)
 
     def count(self, kind: str, chat: Chat) -> None:
@@ -99,7 +110,8 @@ class Load:
         """Raises Broken for a history that was promised not to happen."""
         last = chat.events[-1][1]
         if isinstance(last, ErrorEvent) and last.error.code == "workers_died":
-            self.tally.dead.append(chat.job_id)
+            told_s, view = time.time(), await self._view(chat)
+            self.tally.dead.append(GivenUp(chat.job_id, view.state, view.attempt, view.created, told_s))
             return
         check(chat, await self._view(chat))
 

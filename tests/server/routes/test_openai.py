@@ -185,8 +185,19 @@ async def test_stream_that_waits_sends_comments(empty_redis: str, tmp_path: Any)
     with LiveServer(tmp_path, empty_redis, head_hold_s=0.05, ping_s=0.05) as server:
         async with server.http() as http, http.post("/v1/chat/completions", json=chat(stream=True)) as answer:
             assert answer.status == 200
-            assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
-            assert await answer.content.readuntil(b"\n\n") == b": ping\n\n"
+            assert await answer.content.readuntil(b"\n") == b": ping\n"
+            assert await answer.content.readuntil(b"\n") == b": ping\n"
+
+
+async def test_openai_package_reads_on_after_a_pause_in_the_middle_of_an_answer(empty_redis: str, tmp_path: Any) -> None:
+    with LiveServer(tmp_path, empty_redis, ping_s=0.05) as server:
+        async with (
+            openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.client_key, max_retries=0, timeout=PATIENCE_S) as client,
+            ScriptedWorker(server.url, server.worker_key, pause_after=3) as worker,
+        ):
+            stream = await client.chat.completions.create(**chat("hello"), stream=True)
+            asyncio.get_running_loop().call_later(1.0, worker.go.set)  # twenty comments later
+            assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == answer_to("hello")
 
 
 # ---------------------------------------------------------------------------------------------- clients that leave
