@@ -20,6 +20,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from mixtral_server.errors import RedisUnavailable
 from mixtral_server.redis_url import Login, TlsFiles
+from mixtral_server.tasks import end
 
 LOG = logging.getLogger(__name__)
 
@@ -327,6 +328,5 @@ class RedisClient(Redis):
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         if self._probe:
-            self._probe.cancel()
-            await asyncio.wait({self._probe})
+            await end([self._probe])
         await super().aclose(close_connection_pool)

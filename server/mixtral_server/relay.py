@@ -26,6 +26,7 @@ from mixtral_server.queue import JobQueue
 from mixtral_server.records import Entry
 from mixtral_server.redis_client import RedisClient
 from mixtral_server.redis_nodes import AnyRedis
+from mixtral_server.tasks import end
 
 LOG = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ class Relay:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for listener in self._listeners:
-            listener.cancel()
-        await asyncio.wait(self._listeners)
+        await end(self._listeners)
         for listener in self._listeners:
             if not listener.cancelled():
                 listener.result()  # it ends by cancelling only: anything else is a mistake to be seen

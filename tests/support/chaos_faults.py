@@ -118,8 +118,9 @@ class Chaos:
         deadline = time.monotonic() + END_S
         while program.is_running:
             if time.monotonic() > deadline:
-                self.stuck.append(f"{fault} did not end within {END_S:g} s")
-                program.kill()
+                self.stuck.append(f"{fault} did not end within {END_S:g} s; where it stood is in its log")
+                program.signal(signal.SIGABRT)
+                await program.ended()
             await asyncio.sleep(0.05)
 
     async def _started(self, program: Program) -> None:

@@ -33,7 +33,7 @@ class Program:
         self._command = [sys.executable, "-m", module, *arguments]
         own = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
         paths = os.pathsep.join(str(ROOT / part) for part in ("server", "worker", "clients/python", "tests"))
-        self._environment = own | {"PYTHONPATH": paths} | environment
+        self._environment = own | {"PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"} | environment  # SIGABRT says where it stands
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
