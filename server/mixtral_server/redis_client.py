@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import hiredis
 from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
@@ -168,6 +169,10 @@ class Home:
 
 class _Bounded:
     """A connection whose making takes CONNECT_S at most, whatever of it hangs; commands have their call's own deadline."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        """In C: redis-py's own, in Python, takes a fifth of the server's time for a turn of 64 frames."""
+        return [hiredis.pack_command((*args[0].split(), *args[1:]))]
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
         try:

@@ -147,6 +147,7 @@ class ReaderPlan:
     job_tokens: int
     wire: str = "openai"
     is_timed: bool = False
+    nap_s: float = 0.0
 
 
 @dataclass
@@ -194,6 +195,8 @@ def read_streams(target: Target, plan: ReaderPlan) -> ReaderResult:
         ready = waiting.select(SILENCE_LIMIT_S)
         if not ready:
             raise BenchFailed(f"{left} streams brought nothing for {SILENCE_LIMIT_S:g} s")
+        if plan.nap_s:
+            time.sleep(plan.nap_s)
         for key, _ in ready:
             stream: _Stream = key.data
             part = stream.connection.recv(1 << 18)
