@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -32,8 +32,8 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self) -> list[TokenRow]:
-        return list(zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True))
+    def rows(self) -> Iterable[TokenRow]:
+        return zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class History:
         async with self._database.writing() as connection:
             rows = [asdict(job) for job in jobs]
             query = self._insert(FINISHED_JOBS).on_conflict_do_nothing().returning(FINISHED_JOBS.c.id)
-            new = set((await connection.execute(query.values(rows))).scalars())
+            new = set((await connection.execute(query, rows)).scalars())
             first_of = {job.id: job for job in jobs if job.id in new}
             await self._add_usage(connection, list(first_of.values()))
         return len(first_of)

@@ -310,7 +310,7 @@ class JobQueue:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    async def _run(self, script: str, shard: Shard, *args: str | int | float) -> Any:
+    async def _run(self, script: str, shard: Shard, *args: str | bytes | int | float) -> Any:
         return await self._scripts.run(script, shard, *args)
 
     def _at(self, shard: Shard) -> RedisClient:

@@ -296,26 +296,21 @@ def telemetry_json(telemetry: Mapping[str, Any]) -> str:
     return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
 
 
-def frame_args(frame: Frame) -> tuple[str | int, ...]:
-    """What turn.lua reads of a frame: job, attempt, offset, count, ids, texts, bytes of texts, prompt tokens, ending, detail."""
-    size = sum(len(text.encode()) for text in frame.texts)
+def frame_args(frame: Frame) -> tuple[str, bytes, bytes, str]:
+    """What turn.lua reads of a frame: its head, its ids and texts as JSON, its error as JSON or ""."""
+    size = len("".join(frame.texts).encode())
     most = MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids)
     if size > most:
         message = f"the worker sent {size:,} bytes of text for {len(frame.ids):,} tokens; {most:,} at most"
         error = FrameError(code="worker_text_too_long", message=message)
         frame = Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
         size = 0
+    prompt_tokens = "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31)
     ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
     return (
-        frame.job,
-        frame.attempt,
-        frame.offset,
-        len(frame.ids),
-        orjson.dumps(frame.ids).decode(),
-        orjson.dumps(frame.texts).decode(),
-        size,
-        "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31),
-        ending,
+        f"{frame.attempt} {frame.offset} {len(frame.ids)} {size} {prompt_tokens} {ending} {frame.job}",
+        orjson.dumps(frame.ids),
+        orjson.dumps(frame.texts),
         _error_detail(frame.error).model_dump_json(exclude_none=True) if frame.error else "",
     )
 

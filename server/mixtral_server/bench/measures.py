@@ -84,7 +84,9 @@ async def tokens(say: Say, *, streams: int, tokens_per_frame: int, job_tokens: i
     """Tokens that readers received, per CPU second of the server. All is counted from the first request to the last answer."""
     say(f"tokens: {streams} {wire} streams of {job_tokens:,} tokens, {tokens_per_frame} a frame")
     async with house() as opened:
-        run = await _streamed(opened, WorkerPlan(streams, streams, job_tokens, tokens_per_frame), ReaderPlan(streams, job_tokens, wire, nap_s=READERS_NAP_S))
+        run = await _streamed(
+            opened, WorkerPlan(streams, streams, job_tokens, tokens_per_frame), ReaderPlan(streams, job_tokens, wire, nap_s=READERS_NAP_S)
+        )
     return {
         "streams": streams,
         "wire": wire,

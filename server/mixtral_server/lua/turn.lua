@@ -1,6 +1,6 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
 -- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, pairs held, then (job, attempt) of each,
---       then 10 of each frame: job, attempt, offset, count, ids, texts, bytes of texts, prompt tokens or '', ending, error detail
+--       then 4 of each frame: head (below), ids, texts, error detail
 -- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain}
 
 local session, turn, room = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -26,12 +26,13 @@ end
 
 -- Frames.
 local pairs_held = tonumber(ARGV[8])
-local FRAME = {'job', 'attempt', 'offset', 'count', 'ids', 'texts', 'bytes', 'prompt_tokens', 'ending', 'detail'}
+local HEAD = '^(%S+) (%S+) (%S+) (%S+) (%S*) (%S*) (.*)$' -- attempt, offset, count, bytes of texts, prompt tokens or '', ending or '', job
 local released = false
-for at = 9 + 2 * pairs_held, #ARGV, #FRAME do
-  local frame = {}
-  for i, name in ipairs(FRAME) do frame[name] = ARGV[at + i - 1] end
-  frame.offset, frame.count, frame.bytes = tonumber(frame.offset), tonumber(frame.count), tonumber(frame.bytes)
+for at = 9 + 2 * pairs_held, #ARGV, 4 do
+  local frame = {ids = ARGV[at + 1], texts = ARGV[at + 2], detail = ARGV[at + 3]}
+  local attempt, offset, count, bytes, prompt_tokens, ending, job = string.match(ARGV[at], HEAD)
+  frame.job, frame.attempt, frame.prompt_tokens, frame.ending = job, attempt, prompt_tokens, ending
+  frame.offset, frame.count, frame.bytes = tonumber(offset), tonumber(count), tonumber(bytes)
   if held[frame.job] == frame.attempt then
     local ended, expected = append(frame)
     if ended then held[frame.job] = nil end

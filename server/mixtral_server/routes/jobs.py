@@ -73,13 +73,7 @@ async def follow_job(service: Service, request: web.Request, caller: Caller) -> 
     with service.relay.follow(job.job_id, after, crc) as follower:
         async with EventStream(service, request, "native") as stream:
             await stream.write(sse.retry(RETRY_MS))
-
-            def send(tokens: Tokens) -> bool:
-                if has_room := stream.has_room:
-                    stream.write_now(sse.native_token_events(tokens.rows()), len(tokens))
-                return has_room
-
-            follower.sink = send
+            follower.sink = lambda tokens: stream.write_now(sse.native_token_events(tokens.rows()), len(tokens))
             while not follower.is_over:
                 batch = await follower.batch(service.settings.ping_s)
                 if not batch and follower.is_stopped:

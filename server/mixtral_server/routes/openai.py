@@ -10,7 +10,7 @@ attaches to the same job from its first token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -88,9 +88,9 @@ class Form(Protocol):
 
     def __init__(self, job_id: str, model: str, created: int) -> None: ...
 
-    def tokens(self, rows: Sequence[TokenRow]) -> bytes: ...
+    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes: ...
 
-    def last(self, finish: OpenAIFinish) -> dict[str, Any]: ...
+    def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]: ...
 
     def usage(self, usage: Usage) -> dict[str, Any]: ...
 
@@ -100,21 +100,20 @@ class Form(Protocol):
 class ChatForm:
     def __init__(self, job_id: str, model: str, created: int) -> None:
         self._head = {"id": f"chatcmpl-{job_id}", "object": "chat.completion.chunk", "created": created, "model": model}
-        self._is_first = True
 
-    def tokens(self, rows: Sequence[TokenRow]) -> bytes:
-        if not self._is_first:
+    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
+        if not is_first:
             return sse.token_events(self._pattern, rows)
-        self._is_first = False
+        first, *others = rows
         opening = sse.token_pattern(self._chunk({"role": "assistant", "content": sse.HOLE}, None))
-        return sse.token_events(opening, rows[:1]) + sse.token_events(self._pattern, rows[1:])
+        return sse.token_events(opening, [first]) + sse.token_events(self._pattern, others)
 
     @cached_property
     def _pattern(self) -> bytes:
         return sse.token_pattern(self._chunk({"content": sse.HOLE}, None))
 
-    def last(self, finish: OpenAIFinish) -> dict[str, Any]:
-        return self._chunk({"role": "assistant", "content": ""} if self._is_first else {}, finish)
+    def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]:
+        return self._chunk({} if tokens else {"role": "assistant", "content": ""}, finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
@@ -132,14 +131,14 @@ class CompletionForm:
     def __init__(self, job_id: str, model: str, created: int) -> None:
         self._head = {"id": f"cmpl-{job_id}", "object": "text_completion", "created": created, "model": model}
 
-    def tokens(self, rows: Sequence[TokenRow]) -> bytes:
+    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
         return sse.token_events(self._pattern, rows)
 
     @cached_property
     def _pattern(self) -> bytes:
         return sse.token_pattern(self._chunk(sse.HOLE, None))
 
-    def last(self, finish: OpenAIFinish) -> dict[str, Any]:
+    def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]:
         return self._chunk("", finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
@@ -223,7 +222,9 @@ class _Streaming:
             try:
                 await self._send(stream, first)
                 if not self._endpoint.coalesce_ms:
-                    self._follower.sink = lambda tokens: self._send_now(stream, tokens)
+                    self._follower.sink = lambda tokens: stream.write_now(
+                        self._form.tokens(tokens.rows(), is_first=tokens.offset == 1), len(tokens)
+                    )
                 while not self._follower.is_over:
                     batch = await self._gathered()
                     if not batch and self._follower.is_stopped:
@@ -256,15 +257,10 @@ class _Streaming:
             batch += await self._follower.batch(0)
         return batch
 
-    def _send_now(self, stream: EventStream, tokens: Tokens) -> bool:
-        if has_room := stream.has_room:
-            stream.write_now(self._form.tokens(tokens.rows()), len(tokens))
-        return has_room
-
     async def _send(self, stream: EventStream, batch: Sequence[Followed]) -> None:
         """Raises the failure that the batch ends in, once what came before it is sent."""
         out: list[bytes] = []
-        rows: list[TokenRow] = []  # of neighbours that are not yet in out
+        rows: list[TokenRow] = []
         tokens = 0
         failure = None
         for one in batch:
@@ -274,12 +270,13 @@ class _Streaming:
             elif (failure := failure_of(one)) is not None:
                 break
             elif isinstance(one.event, DoneEvent):
-                out.append(sse.chunk(self._form.last(cast(OpenAIFinish, one.event.finish))))
+                out.append(sse.chunk(self._form.last(cast(OpenAIFinish, one.event.finish), one.event.usage.completion_tokens)))
                 if self._wants_usage:
                     out.append(sse.chunk(self._form.usage(one.event.usage)))
                 out.append(sse.DONE)
         if rows:
-            out.insert(0, self._form.tokens(merged(rows) if self._endpoint.coalesce_ms else rows))
+            shown = merged(rows) if self._endpoint.coalesce_ms else rows
+            out.insert(0, self._form.tokens(shown, is_first=rows[0][0] == 1))
         if out:
             await stream.write(b"".join(out), tokens)
         if failure is not None:
