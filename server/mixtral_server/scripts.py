@@ -28,7 +28,7 @@ class Scripts:
             for script in self._scripts.values():
                 await self._redis.at(shard.tag).script_load(script.script)
 
-    async def run(self, name: str, shard: Shard, *args: str | int | float) -> Any:
+    async def run(self, name: str, shard: Shard, *args: str | bytes | int | float) -> Any:
         """Raises RedisUnavailable."""
         with redis_answers():
             return await self._scripts[name](keys=[shard.tag], args=args, client=self._redis.at(shard.tag))

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mixtral_server.bench import measures
+from mixtral_server.bench import depth, measures
 from mixtral_server.bench.house import BenchFailed
 from mixtral_server.bench.measures import Row
 
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--callers", type=int, default=64, help="jobs: calls open at once (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="jobs: slots of the worker (%(default)s)")
     parser.add_argument("--calls", type=int, default=20_000, help="jobs: calls in all (%(default)s)")
+    parser.add_argument("--most_waiting", type=int, default=100_000, help="depth: the longest queue, 1,000 to 1,000,000 (%(default)s)")
+    parser.add_argument("--chats", type=int, default=2000, help="finished: chats of 100 tokens (%(default)s)")
+    parser.add_argument("--readers", type=int, default=2000, help="idle: streams held open (%(default)s)")
     parser.add_argument("--json_file", help="also write the JSON object to this file")
     return parser
 
@@ -100,10 +103,25 @@ async def _jobs(flags: argparse.Namespace) -> list[Row]:
     return [await measures.jobs(say, callers=flags.callers, batch=flags.batch, calls=flags.calls)]
 
 
+async def _depth(flags: argparse.Namespace) -> list[Row]:
+    return await depth.depth(say, most=flags.most_waiting)
+
+
+async def _finished(flags: argparse.Namespace) -> list[Row]:
+    return await depth.finished(say, chats=flags.chats, tokens=100)
+
+
+async def _idle(flags: argparse.Namespace) -> list[Row]:
+    return await measures.idle(say, readers=flags.readers)
+
+
 MEASURES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, list[Row]]]] = {
     "tokens": _tokens,
     "latency": _latency,
     "jobs": _jobs,
+    "depth": _depth,
+    "finished": _finished,
+    "idle": _idle,
 }
 
 

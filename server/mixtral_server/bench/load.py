@@ -12,7 +12,6 @@ import resource
 import selectors
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,10 +289,14 @@ def call_whole(target: Target, plan: CallerPlan) -> CallerResult:
 # ---------------------------------------------------------------------------------------------- readers that only wait
 
 
-def hold_streams(target: Target, jobs: Sequence[str]) -> list[socket.socket]:
-    """Open a native stream for each job and read its head; they stay open as long as the list is kept."""
+def hold_streams(target: Target, count: int) -> list[socket.socket]:
+    """Put so many jobs and open a native stream of each, until its first event; they stay open as long as the list is kept."""
+    chat = {"model": ENDPOINT, "messages": [{"role": "user", "content": "hello"}]}
+    request = target.request("POST", "/v1/jobs", json.dumps(chat).encode())
+    caller = target.connect()
     held = []
-    for job in jobs:
+    for _ in range(count):
+        job = call(caller, request)["id"]
         connection = target.connect()
         connection.sendall(target.request("GET", f"/v1/jobs/{job}/events"))
         received = b""
@@ -303,4 +306,5 @@ def hold_streams(target: Target, jobs: Sequence[str]) -> list[socket.socket]:
                 raise BenchFailed(f"the server closed an idle stream: {received[:300].decode()}")
             received += part
         held.append(connection)
+    caller.close()
     return held

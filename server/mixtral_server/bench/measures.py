@@ -16,8 +16,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from mixtral_server.bench.house import BenchFailed, House, open_house
-from mixtral_server.bench.load import CallerPlan, ReaderPlan, ReaderResult, Target, WorkerPlan, WorkerResult, call_whole, read_streams, work
+from mixtral_server.bench.house import BenchFailed, House, open_house, rss_bytes
+from mixtral_server.bench.load import (
+    CallerPlan,
+    ReaderPlan,
+    ReaderResult,
+    Target,
+    WorkerPlan,
+    WorkerResult,
+    call_whole,
+    hold_streams,
+    read_streams,
+    work,
+)
 
 Row: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]
@@ -185,3 +196,21 @@ async def jobs(say: Say, *, callers: int, batch: int, calls: int) -> Row:
         "worker_cpu": round(worked.cpu_s / called.seconds, 2),
         "caller_cpu": round(called.cpu_s / called.seconds, 2),
     }
+
+
+# ---------------------------------------------------------------------------------------------- readers that only wait
+
+
+async def idle(say: Say, *, readers: int) -> list[Row]:
+    """Memory of the server process for each reader whose job waits: its connection, its request, its place among the followers."""
+    say(f"idle: {readers:,} native streams of waiting jobs")
+    async with house("--max_connections", str(2 * readers + 1000), "--max_connections_per_address", str(2 * readers + 1000)) as opened:
+        warm_up = readers // 10
+        client = Target(opened.port, opened.client_key)
+        held = await asyncio.to_thread(hold_streams, client, warm_up)  # what is made once is made now
+        before = rss_bytes(opened.server_pid)
+        held += await asyncio.to_thread(hold_streams, client, readers)
+        grown = rss_bytes(opened.server_pid) - before
+        for connection in held:
+            connection.close()
+    return [{"readers": readers, "server_rss_bytes_per_reader": round(grown / readers)}]
