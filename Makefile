@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTHON_FILES := server worker clients/python benchmark tests demo.py
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install demo smoke test faults chaos check format bench side-by-side clean
+.PHONY: help install demo smoke test test-gpu faults chaos check format bench side-by-side clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ smoke: $(DONE)/test  ## the demo on a free port: one chat by the openai package,
 
 test: $(DONE)/test  ## every test: Python, JavaScript, browser, system
 	@$(PY) -m pytest -q --durations=10
+
+test-gpu: $(DONE)/test  ## what only an NVIDIA card can show: exactness, memory, torchrun on all cards
+	@MIXTRAL_TEST_GPU=1 $(PY) -m pytest -q --durations=10 tests/gpu
 
 faults: $(DONE)/test  ## every row of the fault matrix (docs/reliability.md): real kills, stops and broken networks
 	@$(PY) -m pytest -q --durations=10 tests/faults

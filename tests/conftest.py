@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Generator
 
 import pytest
 
 from support.parts import PartMissing
+
+collect_ignore = [] if "MIXTRAL_TEST_GPU" in os.environ else ["gpu"]  # make test-gpu sets it
 
 _missing = pytest.StashKey[set[str]]()
 
