@@ -38,6 +38,7 @@ from mixtral_server.routes.aime_tickets import Tickets
 from mixtral_server.routes.aime_views import Texts, Workers
 from mixtral_server.routes.service import PublicRoute, Route, Service, Stages, is_set_within
 from mixtral_server.settings import Settings
+from mixtral_server.siblings import Siblings
 from mixtral_server.tasks import end
 from mixtral_server.upkeep import upkeep_of
 
@@ -72,10 +73,21 @@ class Started:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
-async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], stages: Stages, on_started: Callable[[Started], None]) -> None:
-    """Run a server until stages.leaving is set, then end it in order. Raises StartError, ServiceError, SchemaError."""
+async def serve(
+    settings: Settings,
+    endpoints: Mapping[str, EndpointConfig],
+    stages: Stages,
+    on_started: Callable[[Started], None],
+    *,
+    listening: socket.socket | None = None,
+    siblings: Siblings | None = None,
+) -> None:
+    """Run a server until stages.leaving is set, then end it in order. Raises StartError, ServiceError, SchemaError.
+
+    listening: where connections come from, when it is not to take the port itself; siblings: the other processes behind that port.
+    """
     async with AsyncExitStack() as stack:
-        listening = stack.enter_context(take_port(settings.host, settings.port))
+        listening = stack.enter_context(listening or take_port(settings.host, settings.port))
         make_data_dir(settings.data_path)
         try:
             database = Database(settings.sql_url)
@@ -109,7 +121,10 @@ async def serve(settings: Settings, endpoints: Mapping[str, EndpointConfig], sta
             new_seed=lambda: secrets.randbits(63),
             now_s=time.time,
             stages=stages,
+            siblings=siblings,
         )
+        if siblings is not None:
+            await stack.enter_async_context(siblings.telling(service.metrics.numbers))
         upkeep = [group.create_task(work) for work in upkeep_of(service, history, ring)]
         try:
             await _answer_until_the_end(service, build_app(service, aime_secret), listening, first_keys, on_started)
@@ -172,10 +187,10 @@ def limits_of(endpoint: EndpointConfig) -> QueueLimits:
     )
 
 
-def take_port(host: str, port: int) -> socket.socket:
+def take_port(host: str, port: int, take: Callable[[str, int], socket.socket] = listen) -> socket.socket:
     """Before anything else is started. Raises StartError."""
     try:
-        return listen(host, port)
+        return take(host, port)
     except OSError as error:
         sentence = f"port {port} on {host} cannot be used: {error.strerror}; end what holds it, or give another --port or --host"
         raise StartError(sentence) from error

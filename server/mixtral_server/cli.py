@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixtral_server.accounts import Accounts, KeyNotFound
-from mixtral_server.apikeys import SCOPES, ApiKey, KeyLimits, Scope
-from mixtral_server.app import Started, StartError, serve
+from mixtral_server.apikeys import SCOPES, ApiKey, KeyLimits
+from mixtral_server.app import Started, StartError
 from mixtral_server.database import Database, DatabaseError, SchemaError, first_line
 from mixtral_server.dead_cli import add_dead_commands, run_dead
 from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoints
 from mixtral_server.errors import ServiceError
+from mixtral_server.process import log_to_stderr, run_process, tell_first_keys
 from mixtral_server.routes.pages import page_folder
-from mixtral_server.routes.service import Stages
-from mixtral_server.settings import ENVIRONMENT_PREFIX, SettingError, Settings, knobs, load_settings, shipped
+from mixtral_server.settings import SettingError, Settings, knobs, load_settings, shipped
+from mixtral_server.supervisor import ProcessFailed, supervise
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(f"mixtral-server: {error}", 2)
     try:
         if flags.command is None:
-            _log_to_stderr(settings.log_level)
+            log_to_stderr(settings.log_level)
             asyncio.run(_serve(settings, endpoints))
         else:
             _maintain(settings, endpoints, flags)
+    except ProcessFailed as error:
+        sys.exit(error.code)
     except (StartError, SchemaError, KeyNotFound) as error:
         _end(f"mixtral-server: {error}", 1)
     except ServiceError as error:
@@ -186,46 +188,17 @@ async def _serve(settings: Settings, endpoints: Mapping[str, EndpointConfig]) ->
         )
     if not (page_folder(settings) / "index.html").is_file():
         log.warning("event=page_missing folder=%s: / answers 404; name the page's folder with --frontend_dir", page_folder(settings))
-    stages = Stages()
-
-    def stop(signum: int) -> None:
-        if stages.leaving.is_set():
-            stages.draining.set()
-            stages.closing.set()  # asked twice: now
-        elif signum == signal.SIGINT:
-            stages.draining.set()  # a person at the keyboard: no balancer has to notice first
-        stages.leaving.set()
-
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stop, signum)
-    await serve(settings, endpoints, stages, lambda started: _announce(settings, started))
-    log.info("event=ended")
+    if settings.processes > 1:
+        await supervise(settings, endpoints, lambda started: _announce(settings, started))
+    else:
+        await run_process(settings, endpoints, lambda started: _announce(settings, started))
 
 
 def _announce(settings: Settings, started: Started) -> None:
-    if started.first_keys is not None:
-        path = write_keys_env(settings.data_path, started.first_keys)
-        print(f"The first keys, shown this once and written to {path}:")
-        for scope, key in started.first_keys.items():
-            print(f"  {variable_of(scope)}={key}")
-    print(f"mixtral-server listens on {started.url}", flush=True)
+    tell_first_keys(settings, started)
+    processes = f" with {settings.processes} processes" if settings.processes > 1 else ""
+    print(f"mixtral-server listens on {started.url}{processes}", flush=True)
     log.info("event=started host=%s port=%d public_page=%s", started.host, started.port, str(settings.is_page_public).lower())
-
-
-def variable_of(scope: Scope) -> str:
-    return f"{ENVIRONMENT_PREFIX}{scope.upper()}_KEY"
-
-
-def write_keys_env(folder: Path, keys: Mapping[Scope, str]) -> Path:
-    """Readable by this user alone from its first byte on; replaces what an earlier database left."""
-    path, fresh = folder / "keys.env", folder / f".keys.env.{os.getpid()}"
-    text = "# Made by the first start of mixtral-server. A shell reads it with: . ./keys.env\n"
-    text += "".join(f"{variable_of(scope)}={key}\n" for scope, key in keys.items())
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    fresh.replace(path)
-    return path
 
 
 async def _migrate(settings: Settings) -> None:
@@ -297,11 +270,3 @@ async def _create_key(accounts: Accounts, flags: argparse.Namespace) -> None:
 def _database(settings: Settings) -> Database:
     settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Database(settings.sql_url)
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="time=%(asctime)s level=%(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"
-    )
-    for noisy in ("aiohttp", "alembic", "aiosqlite", "sqlalchemy"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -27,14 +27,37 @@ BACKLOG = 1024
 SEND_BUFFER_BYTES = 128 * 1024
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises OSError."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    is_dual = host == "::" and socket.has_dualstack_ipv6()
-    listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """is_shared: beside other processes of this user that say so too. Raises OSError."""
+    listening = socket.create_server(
+        (host, port), family=_family(host, port), backlog=BACKLOG, dualstack_ipv6=_is_dual(host), reuse_port=is_shared
+    )
     # Every connection takes it over: what the kernel keeps for a reader that takes nothing would else grow to 4 MiB each.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     return listening
+
+
+def hold(host: str, port: int) -> socket.socket:
+    """Keep a shared port without taking connections. Raises OSError."""
+    held = socket.socket(_family(host, port))
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if held.family == socket.AF_INET6:
+            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not _is_dual(host))
+        held.bind((host, port))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+
+def _is_dual(host: str) -> bool:
+    return host == "::" and socket.has_dualstack_ipv6()
 
 
 def connection_options(settings: Settings) -> dict[str, Any]:

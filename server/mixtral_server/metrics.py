@@ -1,7 +1,8 @@
 """What /metrics shows, for Prometheus. Decides names and labels; leaves counting to whoever does what is counted.
 
 Labels take few values: a route is its pattern, an endpoint is one of the endpoint files. Numbers read from Redis (mixtral_queue_*,
-mixtral_jobs_ended, mixtral_tokens, mixtral_worker_*) are the same at every replica: take max() over replicas, not sum().
+mixtral_jobs_ended, mixtral_tokens, mixtral_worker_*) are the same at every replica: take max() over replicas, not sum(). Processes that
+share a port are told apart by a label: whichever of them answers shows the numbers of all.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -147,10 +149,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        self._of_this_scrape = of_this_scrape = CollectorRegistry()  # read for it from Redis, and the same at every process
         self._queue = _QueueCollector()
         self._workers = _WorkerCollector()
-        registry.register(self._queue)
-        registry.register(self._workers)
+        of_this_scrape.register(self._queue)
+        of_this_scrape.register(self._workers)
         self.requests = Counter("mixtral_http_requests", "requests answered", ["method", "route", "status"], registry=registry)
         self.request_seconds = Histogram(
             "mixtral_http_request_seconds", "from a request's head to the end of its answer", ["route"], buckets=_SECONDS, registry=registry
@@ -171,10 +174,46 @@ class Metrics:
         self.loop_blocked = Counter("mixtral_loop_blocked", "times the event loop stood still for more than 100 ms", registry=registry)
         self.ledger_saved = Counter("mixtral_ledger_saved", "finished jobs saved to the database by this replica", registry=registry)
         self.upkeep_failures = Counter("mixtral_upkeep_failures", "rounds of a background task that failed", ["task"], registry=registry)
-        self.redis_up = Gauge("mixtral_redis_up", "1 when Redis answered this scrape", registry=registry)
+        self.redis_up = Gauge("mixtral_redis_up", "1 when Redis answered this scrape", registry=of_this_scrape)
 
-    def render(self, queues: Mapping[str, QueueNumbers], workers: Sequence[WorkerNumbers] = ()) -> bytes:
-        """The text of one scrape. queues: what Redis said just now, by endpoint; workers: those with a lease, by login."""
+    def numbers(self) -> bytes:
+        """What this process counted, for another one of its machine to show."""
+        families = [
+            (one.name, one.documentation, one.type, [(sample.name, sample.labels, sample.value) for sample in one.samples])
+            for one in self._registry.collect()
+        ]
+        return orjson.dumps(families)
+
+    def render(
+        self,
+        queues: Mapping[str, QueueNumbers],
+        workers: Sequence[WorkerNumbers] = (),
+        processes: Mapping[int, bytes | None] | None = None,
+    ) -> bytes:
+        """The text of one scrape. queues: what Redis said just now, by endpoint; workers: those with a lease, by login.
+
+        processes: the numbers of every process behind this port, None for one that does not answer. Each sample names its process then: a sum
+        would fall whenever one is started again, which reads as a counter that began anew.
+        """
         self._queue.numbers = dict(queues)
         self._workers.workers = workers
-        return generate_latest(self._registry)
+        own = self._registry if processes is None else _ByProcess(processes)
+        return generate_latest(self._of_this_scrape) + generate_latest(cast(CollectorRegistry, own))
+
+
+class _ByProcess:
+    """Numbers of several processes as one registry, each sample with a label that names its process."""
+
+    def __init__(self, processes: Mapping[int, bytes | None]) -> None:
+        self._processes = processes
+
+    def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("mixtral_process_up", "1 for a server process that told its numbers to this scrape", labels=["process"])
+        families: dict[str, Metric] = {}
+        for index, numbers in sorted(self._processes.items()):
+            up.add_metric([str(index)], numbers is not None)
+            for name, sentence, kind, samples in orjson.loads(numbers or b"[]"):
+                family = families.setdefault(name, Metric(name, sentence, kind))
+                for sample, labels, value in samples:
+                    family.add_sample(sample, {**labels, "process": str(index)}, value)
+        return [up, *families.values()]

@@ -61,6 +61,7 @@ class Settings:
     # where it listens and what it stands on
     host: str = knob("127.0.0.1", "address to listen on; 0.0.0.0 or :: is every interface of this machine")
     port: int = knob(7777, "TCP port to listen on; 0 takes a free one", least=0, most=65_535)
+    processes: int = knob(1, "server processes on this machine that share the port, each with one event loop", least=1, most=64)
     data_dir: str = knob("data", "folder for keys.env, SQLite and the embedded Redis; made when missing")
     redis_url: str = knob(
         "", "Redis 6.2 or newer: unix://, redis://, redis+sentinel:// or redis+cluster://, rediss for TLS; empty: start our own in data_dir"

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_server.apikeys import SCOPES
-from mixtral_server.cli import main, write_keys_env
+from mixtral_server.cli import main
+from mixtral_server.process import write_keys_env
 from mixtral_server.settings import knobs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,6 +34,7 @@ from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
 from mixtral_server.relay import Relay
 from mixtral_server.settings import Settings
+from mixtral_server.siblings import Siblings
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Service:
     new_seed: Callable[[], int]
     now_s: Callable[[], float]
     stages: Stages = field(default_factory=Stages)
+    siblings: Siblings | None = None
     requests: set[asyncio.Task[object]] = field(default_factory=set)
     """The handlers at work; the stores they use are closed after the last of them."""
 

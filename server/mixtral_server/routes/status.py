@@ -46,7 +46,7 @@ async def _sessions(service: Service) -> list[list[LiveWorker]]:
 
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
-    """Numbers of this replica, and of the queues as Redis holds them."""
+    """Numbers of this replica, each of its processes by name, and of the queues as Redis holds them."""
     queues, workers = {}, []
     is_redis_up = True
     for endpoint in service.endpoints:
@@ -69,7 +69,10 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
         )
         workers += [WorkerNumbers(endpoint, one.name, one.telemetry) for one in sessions[:MOST_WORKERS]]
     service.metrics.redis_up.set(is_redis_up)
-    return web.Response(body=service.metrics.render(queues, workers), headers={"Content-Type": CONTENT_TYPE})
+    processes = None
+    if service.siblings is not None:
+        processes = {service.siblings.index: service.metrics.numbers(), **await service.siblings.ask()}
+    return web.Response(body=service.metrics.render(queues, workers, processes), headers={"Content-Type": CONTENT_TYPE})
 
 
 ROUTES = (
