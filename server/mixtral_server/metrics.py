@@ -192,8 +192,8 @@ class Metrics:
     ) -> bytes:
         """The text of one scrape. queues: what Redis said just now, by endpoint; workers: those with a lease, by login.
 
-        processes: the numbers of every process behind this port, None for one that does not answer. Each sample names its process then: a sum
-        would fall whenever one is started again, which reads as a counter that began anew.
+        processes: the numbers of every process behind this port, None for one that does not answer. Each sample names its process then:
+        a sum would fall whenever one is started again, which reads as a counter that began anew.
         """
         self._queue.numbers = dict(queues)
         self._workers.workers = workers

@@ -52,7 +52,8 @@ def test_tree_at_the_top_of_errors_is_the_tree() -> None:
 
 
 def test_every_metric_is_listed() -> None:
-    shown = Metrics().render({}).decode()
+    metrics = Metrics()
+    shown = metrics.render({}, processes={0: metrics.numbers()}).decode()
     kinds = dict(re.findall(r"^# TYPE (mixtral_\w+) (\w+)$", shown, re.M))
     names = {name for name in kinds if not name.endswith("_created")}
     assert {row[0] for row in rows("Metrics")} == names
