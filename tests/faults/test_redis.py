@@ -52,6 +52,11 @@ async def test_outage_longer_than_the_lease_takes_no_chat_from_its_worker(house:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
+        if gone == "redis":
+            for url, body in (("/v1/jobs", chats[0].body), ("/v1/chat/completions", chats[0].body)):
+                async with asyncio.timeout(9), readers.http.post(house.a.url + url, json=body) as answer:  # three times what is promised
+                    assert (answer.status, (await answer.json())["error"]["code"]) == (503, "redis_unavailable")
+                    assert int(answer.headers["Retry-After"]) >= 1
         await asyncio.sleep(LEASES_S[STEADY] + 1.0)  # what is tested is that so much time does nothing
     finally:
         for pid in pids:
@@ -61,11 +66,12 @@ async def test_outage_longer_than_the_lease_takes_no_chat_from_its_worker(house:
     assert worker.said().count("event=session_opened") == 1
 
 
-async def test_log_that_lost_its_end_gets_it_again_from_the_worker_that_made_it(house: House, readers: Readers) -> None:
-    """As after a failover to a replica that lagged: Redis comes back with what it had at an earlier moment."""
+@pytest.mark.parametrize("torn_bytes", [0, 7], ids=["between two writes", "in the middle of a write"])
+async def test_log_that_lost_its_end_gets_it_again_from_the_worker_that_made_it(house: House, readers: Readers, torn_bytes: int) -> None:
+    """An append-only file cut short: Redis comes back with what it had at an earlier moment."""
     worker = await house.hire(endpoint=STEADY)
     chats = await started(readers, 3, model=STEADY)
-    await lose_what_follows(house, chats)
+    await lose_what_follows(house, chats, torn_bytes=torn_bytes)
     await readers.ended(*chats)
     assert worker.said().count("event=log_rewound") == 3, "the log asks each time for the offset that it lacks"
     assert [(await readers.view(chat)).attempt for chat in chats] == [1] * 3
@@ -88,7 +94,7 @@ async def test_log_that_lost_its_end_with_its_worker_is_made_again_to_the_same_l
     assert (forked.is_done, forked.error) == (False, "unavailable"), "OpenAI's stream cannot take tokens back, so it ends in an error"
 
 
-async def lose_what_follows(house: House, chats: list[Chat], *killed: Program) -> None:
+async def lose_what_follows(house: House, chats: list[Chat], *killed: Program, torn_bytes: int = 0) -> None:
     """Let the readers get more tokens, kill Redis (and what is named), and bring back the Redis of before."""
     log = house.redis.folder / "appendonly.aof"
     kept_bytes = log.stat().st_size
@@ -97,7 +103,7 @@ async def lose_what_follows(house: House, chats: list[Chat], *killed: Program) -
     for program in killed:
         program.kill()
     house.redis.crash()
-    os.truncate(log, kept_bytes)
+    os.truncate(log, kept_bytes - torn_bytes)
     house.redis.start()
 
 

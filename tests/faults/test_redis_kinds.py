@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.crc import key_slot
 
+from mixtral_server.redis_nodes import open_url
 from support.history import Chat, Readers
 from support.house import BRISK, STEADY, House, Program
 from support.http import until
@@ -96,6 +97,25 @@ async def lose_the_master(sentinels: SentinelRedis, chats: list[Chat], *killed: 
     sentinels.master.crash()
 
 
+async def test_replica_that_would_throw_keys_away_as_master_is_warned_of(
+    sentinels: SentinelRedis, behind_sentinels: tuple[House, Readers], caplog: pytest.LogCaptureFixture
+) -> None:
+    await warned_of(sentinels.url, sentinels.replica, caplog)
+
+
+async def warned_of(url: str, node: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_url(url):
+        assert "redis_may_lose_jobs" not in caplog.text
+    with node.client() as client:
+        port = client.config_get("port")["port"]
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            async with open_url(url):
+                assert f"redis_may_lose_jobs where=127.0.0.1:{port} maxmemory_policy=allkeys-lru" in caplog.text
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+
+
 # ------------------------------------------------------------------------------------------------ Cluster
 
 
@@ -129,6 +149,14 @@ async def test_endpoints_live_on_different_nodes_of_a_cluster(cluster: ClusterRe
         with node.client() as client:
             names.append({key.partition("}")[0] for key in client.keys("*")})
     assert [{"{" + BRISK + ".0"} <= names[0], {"{" + STEADY + ".0"} <= names[1], names[2]] == [True, True, set()]
+
+
+async def test_every_node_of_a_cluster_is_asked_whether_it_throws_keys_away(
+    cluster: ClusterRedis, on_cluster: tuple[House, Readers], caplog: pytest.LogCaptureFixture
+) -> None:
+    for node in (cluster.nodes[2], cluster.nodes[3]):
+        await warned_of(cluster.url, node, caplog)
+        caplog.clear()
 
 
 async def test_node_that_dies_pauses_its_own_endpoint_alone(cluster: ClusterRedis, on_cluster: tuple[House, Readers]) -> None:

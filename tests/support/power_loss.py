@@ -49,8 +49,9 @@ class PowerLoss:
         fresh.write_text(str(ms))
         fresh.replace(self._delay)
 
-    def cut(self, folder: Path) -> int:
-        """Call it when whoever wrote is dead. Returns how many bytes were lost."""
+    def cut(self, folder: Path, *, forgets_renames: bool = True) -> int:
+        """Call it when whoever wrote is dead. forgets_renames: as no journaling file system does once the renamed file was synced again.
+        Returns how many bytes were lost."""
         synced: dict[int, int] = {}
         renames: list[tuple[int, list[str]]] = []
         for line in self._notes.read_text().splitlines():
@@ -63,7 +64,9 @@ class PowerLoss:
             elif word == "R":
                 inode, names = rest.split(" ", 1)
                 renames.append((int(inode), names.split("\t")))
-        for _, (old, new, kept) in reversed(renames):
+        for _, (old, new, kept) in reversed(renames if forgets_renames else []):
+            if not os.path.exists(new):
+                continue  # it went on under another name, which was synced
             os.rename(new, old)
             if kept != "-":
                 os.rename(kept, new)
