@@ -220,7 +220,7 @@ class Readers:
                 chat.events.append(("", ErrorEvent(error=ErrorDetail(message=str(error), type=error.kind or "", code=error.code))))
 
     async def _raw(self, chat: Chat) -> None:
-        await self._put(chat)
+        await self.put(chat)
         await self._follow(chat)
 
     def follow_again(self, chat: Chat) -> None:
@@ -237,7 +237,7 @@ class Readers:
             turn += 1
             await asyncio.sleep(RETRY_S)
 
-    async def _put(self, chat: Chat) -> None:
+    async def put(self, chat: Chat) -> None:
         headers = {"Idempotency-Key": uuid.uuid4().hex}
         turn = 0
         while not chat.job_id:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from support.ports import free_port
@@ -33,14 +33,14 @@ class Program:
         self._command = [sys.executable, "-m", module, *arguments]
         own = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
         paths = os.pathsep.join(str(ROOT / part) for part in ("server", "worker", "clients/python", "tests"))
-        self._environment = own | {"PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"} | environment  # SIGABRT says where it stands
+        self.environment = own | {"PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"} | environment  # SIGABRT says where it stands
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
     @property
@@ -131,16 +131,19 @@ class House:
         leases_s: Mapping[str, float] = LEASES_S,
         on: RedisProcess | SentinelRedis | ClusterRedis | None = None,
         redis_url: str = "",
+        more_flags: Sequence[str] = (),
+        keep_s: float = KEEP_S,
     ) -> None:
-        """leases_s: endpoint → lease of its workers; on: another Redis than the one of its own; redis_url: another URL than that names."""
+        """leases_s: endpoint → lease of its workers; on: another Redis than the one of its own; redis_url: another URL than that names;
+        more_flags: of every replica; keep_s: how long finished chats can be read."""
         self._folder = folder
         self._redis = on or RedisProcess(redis_binary("6.2"), "--appendonly", "yes", "--appendfsync", "everysec")
         self.data_dir = folder / "data"
         endpoints = folder / "endpoints"
         endpoints.mkdir(parents=True)
         for name, lease_s in leases_s.items():
-            (endpoints / f"{name}.toml").write_text(f'name = "{name}"\nlease_s = {lease_s}\nkeep_s = {KEEP_S}\n')
-        flags = [*self.flags, "--endpoint_dir", str(endpoints), *(("--database_url", database_url) if database_url else ())]
+            (endpoints / f"{name}.toml").write_text(f'name = "{name}"\nlease_s = {lease_s}\nkeep_s = {keep_s}\n')
+        flags = [*self.flags, *more_flags, "--endpoint_dir", str(endpoints), *(("--database_url", database_url) if database_url else ())]
         self.replicas = [
             Replica(self.data_dir, redis_url or self._redis.url, folder / f"server-{number}.log", *flags) for number in range(replicas)
         ]
