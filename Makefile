@@ -3,7 +3,6 @@
 PYTHON ?= python3
 PORT ?= 7777
 SEED ?= 1
-SECONDS ?= 40
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DONE := .venv/installed
@@ -12,7 +11,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTHON_FILES := server worker clients/python benchmark tests demo.py
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install demo smoke test test-gpu faults chaos check format bench side-by-side clean
+.PHONY: help install demo smoke test test-gpu faults chaos soak check format bench side-by-side clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -34,8 +33,13 @@ test-gpu: $(DONE)/test  ## what only an NVIDIA card can show: exactness, memory,
 faults: $(DONE)/test  ## every row of the fault matrix (docs/reliability.md): real kills, stops and broken networks
 	@$(PY) -m pytest -q --durations=10 tests/faults
 
+chaos: SECONDS ?= 40
 chaos: $(DONE)/test  ## random faults under load, every chat checked to the token (SEED=1 SECONDS=40)
 	@PYTHONPATH=tests $(PY) -m faults.chaos --seed $(SEED) --seconds $(SECONDS)
+
+soak: SECONDS ?= 300
+soak: $(DONE)/test  ## even load for a long time, the memory of every process watched (SECONDS=300)
+	@PYTHONPATH=tests $(PY) -m faults.soak --seconds $(SECONDS)
 
 check: $(DONE)/check  ## ruff, mypy --strict, import rules, node --check
 	@.venv/bin/ruff check $(PYTHON_FILES)

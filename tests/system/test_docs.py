@@ -65,3 +65,13 @@ def test_readme_tree_names_every_top_level_folder() -> None:
 def test_decisions_are_at_most_sixty_lines() -> None:
     for page in (ROOT / "docs/decisions").glob("*.md"):
         assert len(page.read_text().splitlines()) <= 60, page.name
+
+
+def test_the_fault_matrix_has_every_row_and_each_names_a_test() -> None:
+    """That each test named there exists is held above, for every page."""
+    rows = re.findall(r"^\| (\d+) \| (.*) \| (.*) \|$", (ROOT / "docs/reliability.md").read_text(), re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 41))
+    for number, _, shown_by in rows:
+        tests = re.findall(r"`tests/[\w./-]+::(\w+)`", shown_by)
+        assert tests, f"row {number} names no test"
+        assert all(name.startswith("test_") for name in tests), f"row {number} names {tests}"
