@@ -21,9 +21,9 @@ from support.house import House
 from support.memory import rss_mb
 
 ABOUT = """\
-Runs two servers, two workers with a toy model, and a Redis under readers of every kind, each chat checked to the token, and looks at the resident
-memory of every process all the while. Results are kept for a few seconds only, so that a service in balance holds still. After the first
-third of the time, in which caches fill, no process may grow by more than a tenth and 6 MB."""
+Runs two servers, two workers with a toy model, and a Redis under readers of every kind, each chat checked to the token, and looks at
+the resident memory of every process all the while. Results are kept for a few seconds only, so that a service in balance holds still.
+After the first third of the time, in which caches fill, no process may grow by more than a tenth and 6 MB."""
 
 MODEL = "brisk"
 KEEP_S = 3.0
