@@ -35,6 +35,10 @@ export interface Accepted {
   state: JobState;
   /** 1 = next; null once a worker has it. */
   position: number | null;
+  /** Seconds within which it starts as likely as not; null where nothing is measured. */
+  eta_s: number | null;
+  /** Seconds within which it starts nine times of ten. */
+  eta_p90_s: number | null;
 }
 
 export interface Usage {
@@ -56,6 +60,10 @@ export interface JobView {
   /** Unix seconds. */
   created: number;
   position: number | null;
+  /** Seconds within which it starts as likely as not; null where nothing is measured. */
+  eta_s: number | null;
+  /** Seconds within which it starts nine times of ten. */
+  eta_p90_s: number | null;
   attempt: number;
   tokens: number;
   text: string;
@@ -74,7 +82,7 @@ export interface Model {
 
 /** `id` is what `follow` takes as `after`, to go on after this event. */
 export type JobEvent = { id: string } & (
-  | { event: "queued"; position: number; eta_s: number | null }
+  | { event: "queued"; position: number; eta_s: number | null; eta_p90_s: number | null }
   /** offset counts from 1; text may be "" while a character or a stop string is incomplete. */
   | { event: "token"; offset: number; text: string }
   /** The job goes on at another worker, or waits for one; nothing that was sent is lost. */

@@ -179,6 +179,10 @@ def limits_of(endpoint: EndpointConfig) -> QueueLimits:
     return QueueLimits(
         max_waiting=endpoint.max_waiting,
         max_waiting_per_user=endpoint.max_waiting_per_user,
+        max_waiting_tokens=endpoint.max_waiting_tokens,
+        max_waiting_tokens_per_user=endpoint.max_waiting_tokens_per_user,
+        ageing_s=endpoint.ageing_s,
+        batch_wait_ms=endpoint.batch_wait_ms,
         lease_s=endpoint.lease_s,
         report_interval_ms=endpoint.report_interval_ms,
         result_ttl_s=endpoint.keep_s,

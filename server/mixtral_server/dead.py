@@ -1,6 +1,6 @@
 """Dead letters: jobs that were given up because every worker that held them died; what an operator does with them.
 
-Decides what is shown of such a job and what it takes to bring it back or forget it. Leaves when a job is given up to lua/common.lua, and
+Decides what is shown of such a job and what it takes to bring it back or forget it. Leaves when a job is given up to lua/life.lua, and
 what is typed and printed to dead_cli.py.
 """
 
@@ -17,12 +17,12 @@ from mixtral_server.errors import JobNotFound
 from mixtral_server.keys import Shard, shard_of
 from mixtral_server.records import seconds_of
 from mixtral_server.redis_nodes import AnyRedis
-from mixtral_server.scripts import Scripts
+from mixtral_server.scripts import LIFE, Scripts
 
 _SCRIPTS = {
     "list": ("common", "dead_list"),
     "show": ("common", "dead_show"),
-    "retry": ("common", "dead_letter", "dead_retry"),
+    "retry": (*LIFE, "dead_letter", "dead_retry"),
     "drop": ("common", "dead_letter", "dead_drop"),
 }
 

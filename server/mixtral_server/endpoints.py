@@ -36,8 +36,16 @@ class EndpointConfig(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, description="where a request names none")] = 0.9
     top_k: Annotated[int, Field(ge=0, le=1000, description="where a request names none; 0 keeps every token")] = 40
 
-    max_waiting: Annotated[int, Field(ge=1, description="waiting jobs in all; one more is answered 429")] = 10_000
+    max_waiting: Annotated[int, Field(ge=1, description="waiting jobs in all; then users above an equal share are answered 429")] = 10_000
     max_waiting_per_user: Annotated[int, Field(ge=1, description="waiting jobs of one user; one more is answered 429")] = 1_000
+    max_waiting_tokens: Annotated[int, Field(ge=1, description="as max_waiting, in estimated tokens of prompts and answers")] = 50_000_000
+    max_waiting_tokens_per_user: Annotated[int, Field(ge=1, description="as max_waiting_per_user, in estimated tokens")] = 5_000_000
+    ageing_s: Annotated[float, Field(ge=0, le=1_000_000, description="so long a wait lifts a job by one priority; 0 switches it off")] = (
+        60.0
+    )
+    batch_wait_ms: Annotated[
+        int, Field(ge=0, le=60_000, description="how long a worker that takes whole batches waits for one to fill")
+    ] = 50
     requests_per_minute: Annotated[int, Field(ge=0, le=10**9, description="requests of one key whose own limit is unset; 0 = no limit")] = 0
     tokens_per_minute: Annotated[
         int, Field(ge=0, le=10**12, description="tokens of one visitor, or of one key whose own limit is unset; 0 = no limit")

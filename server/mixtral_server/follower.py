@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 
 from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
 from mixtral_server.cursor import Cursor, Followed, Notice, Tokens
@@ -228,7 +229,7 @@ class Follower:
         if place.position == self._position:
             return []
         self._position = place.position
-        return [Notice(QueuedEvent(position=place.position, eta_s=place.eta_s))]
+        return [Notice(QueuedEvent(**asdict(place)))]
 
 
 def _terminal(snapshot: Snapshot) -> Notice:

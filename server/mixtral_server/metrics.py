@@ -7,6 +7,7 @@ share a port are told apart by a label: whichever of them answers shows the numb
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -55,6 +56,7 @@ class QueueNumbers:
     """One endpoint's numbers as Redis holds them."""
 
     waiting: int
+    waiting_tokens: int
     running: int
     workers: int
     users_waiting: int
@@ -62,6 +64,9 @@ class QueueNumbers:
     dead_letters: int
     tokens: int
     ended: Mapping[str, int] = field(default_factory=dict)
+    eta_errors_within: Mapping[float, int] = field(default_factory=dict)  # bound in seconds → starts, cumulative
+    eta_errors_sum_s: float = 0.0
+    eta_late: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class _QueueCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         for name, sentence in (
             ("waiting", "jobs that wait for a worker"),
+            ("waiting_tokens", "tokens that waiting jobs ask for, as estimated"),
             ("running", "jobs that a worker holds"),
             ("workers", "worker sessions with a lease"),
             ("users_waiting", "users with a waiting job"),
@@ -142,6 +148,21 @@ class _QueueCollector(Collector):
                 ended.add_metric([endpoint, state], count)
         yield tokens
         yield ended
+        yield from self._etas()
+
+    def _etas(self) -> Iterable[Metric]:
+        errors = HistogramMetricFamily(
+            "mixtral_queue_eta_error_seconds", "between a job's start and the ETA it was told when it was put", labels=["endpoint"]
+        )
+        late = CounterMetricFamily(
+            "mixtral_queue_eta_late", "jobs that started after the 90th percentile they were told", labels=["endpoint"]
+        )
+        for endpoint, numbers in self.numbers.items():
+            buckets = [("+Inf" if bound == math.inf else str(bound), count) for bound, count in numbers.eta_errors_within.items()]
+            errors.add_metric([endpoint], buckets or [("+Inf", 0)], numbers.eta_errors_sum_s)
+            late.add_metric([endpoint], numbers.eta_late)
+        yield errors
+        yield late
 
 
 class Metrics:

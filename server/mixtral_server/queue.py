@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
+from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnRequest
 from mixtral_server.errors import (
     IdempotencyConflict,
     JobNotFound,
@@ -37,8 +37,10 @@ from mixtral_server.records import (
     Put,
     Reaped,
     Snapshot,
+    Turned,
     allowance_of,
     estimated_prompt_tokens,
+    eta_errors_of,
     finished_job_of,
     frame_args,
     live_worker_of,
@@ -50,25 +52,29 @@ from mixtral_server.records import (
 )
 from mixtral_server.redis_client import RedisClient, redis_answers
 from mixtral_server.redis_nodes import AnyRedis
-from mixtral_server.scripts import Scripts
+from mixtral_server.scripts import LIFE, Scripts
 
-FORMAT = 1
+FORMAT = 2
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
+
+PRIORITIES = range(10)
+NEVER_US = 2**49
+"""Nearly 18 years: the ageing of an endpoint whose jobs do not age. Nine of them and a time in µs still are a whole number to Lua."""
 
 MAX_JOBS_PER_TURN = 256
 MAX_TITLE_CHARS = 200
 
 _SCRIPTS = {
-    "put": ("common", "place", "put"),
+    "put": ("common", "share", "line", "rates", "pace", "place", "put"),
     "read": ("common", "read"),
-    "position": ("common", "place", "position"),
-    "cancel": ("common", "cancel"),
+    "position": ("common", "share", "pace", "place", "position"),
+    "cancel": (*LIFE, "cancel"),
     "open": ("common", "open"),
-    "turn": ("common", "append", "claim", "turn"),
-    "close": ("common", "close"),
+    "turn": (*LIFE, "append", "claim", "turn"),
+    "close": (*LIFE, "close"),
     "drain": ("common", "drain"),
-    "reap": ("common", "reap"),
-    "depth": ("common", "depth"),
+    "reap": (*LIFE, "reap"),
+    "depth": ("common", "pace", "depth"),
     "sessions": ("common", "sessions"),
 }
 """Script → the files in lua/ that make it up, in this order."""
@@ -76,10 +82,14 @@ _SCRIPTS = {
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """What one endpoint's queue holds at most, and for how long."""
+    """What one endpoint's queue holds at most, for how long, and who is served when."""
 
     max_waiting: int = 10_000
     max_waiting_per_user: int = 1_000
+    max_waiting_tokens: int = 50_000_000  # estimated: prompt and longest answer
+    max_waiting_tokens_per_user: int = 5_000_000
+    ageing_s: float = 60.0  # a job that has waited so long is served as one of the next better priority; 0: never
+    batch_wait_ms: int = 50
     lease_s: float = 10.0
     report_interval_ms: int = 20
     result_ttl_s: float = 3600.0
@@ -136,13 +146,17 @@ class JobQueue:
     ) -> Put:
         """Queue a job of owner. weight is the owner's share against other users'. Each of rates must allow it, or none is charged.
 
-        max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those above it wait, and none is refused
-        for it. None: as many as come. The latest put of a key says the number for all its jobs.
+        priority: 0 (served first) to 9. max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those
+        above it wait, and none is refused for it. None: as many as come. The latest put of a key says the number for all its jobs.
 
         Raises ModelNotFound, LimitReached, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full),
         RedisUnavailable.
         """
         shard, limits = self._shard(endpoint), self._limits(endpoint)
+        if priority not in PRIORITIES or (max_running is not None and (max_running < 1 or not key_id)):
+            raise ValueError(
+                f"priority is 0 to 9, max_running 1 or more and of a key_id; got {priority}, {max_running} and key_id {key_id!r}"
+            )
         prompt_tokens = estimated_prompt_tokens(spec)
         held, reply = await self._run(
             "put",
@@ -161,14 +175,18 @@ class JobQueue:
             body_hash,
             limits.max_waiting,
             limits.max_waiting_per_user,
+            limits.max_waiting_tokens,
+            limits.max_waiting_tokens_per_user,
             limits.max_unsaved_usage,
             orjson.dumps([(rate.bucket, rate.requests_per_minute, rate.tokens_per_minute) for rate in rates]).decode() if rates else "",
+            "" if max_running is None else key_id,
+            "" if max_running is None else max_running,
+            math.ceil(limits.ageing_s * 1e6) or NEVER_US,
         )
         allowances = tuple(allowance_of(rate, *left) for rate, left in zip(rates, held, strict=True))
         if reply[0] in ("created", "known"):
-            place = place_of(reply[3:])
-            position, eta_s = (place.position, place.eta_s) if place else (None, None)
-            return Put(reply[1], reply[2], reply[0] == "created", position, eta_s, allowances)
+            outcome, job_id, state, *place = reply
+            return Put(job_id, state, outcome == "created", place_of(place), allowances)
         if reply[0] == "limited":
             refusing = allowances[reply[1]]
             raise LimitReached(
@@ -211,7 +229,9 @@ class JobQueue:
         """Log a worker in. The caller has checked key and protocol number. Raises ModelNotFound, TooManySessions."""
         shard, limits = self._shard(request.endpoint), self._limits(request.endpoint)
         session = shard.new_id()
-        facts = request.model_dump(include={"name", "model", "device", "version", "max_slots", "max_seq_len"})
+        facts = request.model_dump(
+            include={"name", "model", "device", "version", "max_slots", "max_seq_len", "static_batch"}, exclude_none=True
+        )
         flat = [part for pair in facts.items() for part in pair]
         if not await self._run("open", shard, session, key_id, _ms(limits.lease_s), limits.max_sessions_per_key, *flat):
             raise TooManySessions(
@@ -221,7 +241,7 @@ class JobQueue:
             )
         return SessionAnswer(session=session, lease_s=limits.lease_s, report_interval_ms=limits.report_interval_ms)
 
-    async def turn(self, request: TurnRequest, key_id: str) -> TurnAnswer:
+    async def turn(self, request: TurnRequest, key_id: str) -> Turned:
         """Append frames, renew the lease, lease up to room jobs. Never waits for work. Raises SessionLapsed.
 
         The same turn number may be sent again and again: while nothing was leased under it, each call may lease (so a parked
@@ -238,6 +258,7 @@ class JobQueue:
             _ms(self._limits(shard.endpoint).lease_s),
             MAX_JOBS_PER_TURN,
             telemetry_json(request.telemetry),
+            self._limits(shard.endpoint).batch_wait_ms,
             len(request.holding),
             *(part for pair in request.holding for part in pair),
             *(part for frame in request.frames for part in frame_args(frame)),
@@ -245,14 +266,15 @@ class JobQueue:
         if reply[0] == "lapsed":
             raise _session_lapsed(request.session)
         if reply[0] == "stale":
-            return TurnAnswer(turn=request.turn)
-        _, jobs, drops, expects, drain = reply
-        return TurnAnswer(
+            return Turned(turn=request.turn)
+        _, jobs, drops, expects, drain, fill_ms = reply
+        return Turned(
             turn=request.turn,
             jobs=[worker_job_of(*job) for job in jobs],
             drops=[Drop(job=job, attempt=int(attempt)) for job, attempt in drops],
             expect=[Expect(job=job, offset=offset) for job, offset in expects],
             drain=bool(drain),
+            again_s=fill_ms / 1000 if fill_ms else None,
         )
 
     async def close_session(self, session: str, key_id: str) -> int:
@@ -288,11 +310,13 @@ class JobQueue:
 
     async def depth(self, endpoint: str) -> Depth:
         """Counts for /metrics."""
-        waiting, users, running, sessions, unsaved, dead, rate, totals = await self._run("depth", self._shard(endpoint))
+        reply = await self._run("depth", self._shard(endpoint))
+        waiting, tokens, users, running, sessions, unsaved, dead, rate, totals, etas = reply
         by_priority = {int(priority): int(count) for priority, count in pairs_of(waiting)}
         total = {name: int(count) for name, count in pairs_of(totals)}
         return Depth(
             waiting=sum(by_priority.values()),
+            waiting_tokens=int(tokens),
             running=running,
             sessions=sessions,
             users_waiting=users,
@@ -302,6 +326,7 @@ class JobQueue:
             ended={state: total.get(state, 0) for state in TERMINAL_STATES},
             waiting_by_priority=by_priority,
             tokens=total.get("tokens", 0),
+            eta_errors=eta_errors_of(etas),
         )
 
     async def sessions(self, endpoint: str) -> list[LiveWorker]:
@@ -355,12 +380,22 @@ def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowance
             "new jobs are taken when the database has caught up",
             retry_after_s=30.0,
         )
-    rate = float(reply[2]) if reply[2] else 0.0
-    retry_after_s = min(60.0, max(1.0, 1 / rate)) if rate else 5.0
-    if why == "full":
-        sentence = f"{reply[1]:,} jobs wait for {endpoint}, {limits.max_waiting:,} at most"
-    else:
-        sentence = f"you have {reply[1]:,} jobs waiting for {endpoint}, {limits.max_waiting_per_user:,} at most"
+    _, waiting, tokens, of_user, tokens_of_user, users, rate = reply
+    # a slot for anybody frees a place; for this user, one in as many as there are users
+    slots = users if why.startswith("user") else 1
+    retry_after_s = min(60.0, max(1.0, slots / float(rate))) if rate else 5.0
+    share = f"; the {users} users who wait share that equally, and you have"
+    match why:
+        case "user_jobs":
+            sentence = f"you have {of_user:,} jobs waiting for {endpoint}, {limits.max_waiting_per_user:,} at most"
+        case "user_tokens":
+            most = limits.max_waiting_tokens_per_user
+            sentence = f"your jobs waiting for {endpoint} come to {tokens_of_user:,} tokens as estimated, {most:,} at most"
+        case "jobs":
+            sentence = f"{waiting:,} jobs wait for {endpoint}, {limits.max_waiting:,} at most{share} {of_user:,}"
+        case _:
+            most = limits.max_waiting_tokens
+            sentence = f"the jobs waiting for {endpoint} come to {tokens:,} tokens as estimated, {most:,} at most{share} {tokens_of_user:,}"
     return QueueFull(f"{sentence}; try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s, allowances=allowances)
 
 

@@ -6,13 +6,15 @@ scripts do to lua/ and when they run to queue.py. Pure: no I/O, no clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import orjson
+from pydantic import Field
 
-from mixtral_client.protocol import ErrorDetail, Finish, Frame, FrameError, JobSpec, JobState, Timings, Usage, WorkerJob
+from mixtral_client.protocol import ErrorDetail, Finish, Frame, FrameError, JobSpec, JobState, Timings, TurnAnswer, Usage, WorkerJob
 from mixtral_server.rates import Allowance, Rate
 
 TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
@@ -33,10 +35,23 @@ CALLER_ERRORS = frozenset(
 """Code words of a worker's frame error that are the caller's to mend: their job fails with OpenAI's invalid_request_error. Every
 other word, known or not, is a server_error."""
 
+ETA_BOUNDS_MS = (100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000)
+"""Of the histogram of ETA errors; lua/common.lua writes them a second time."""
+
 MAX_TELEMETRY_BYTES = 4096
 MAX_FRAME_TEXT_BYTES = 4096
 MAX_TOKEN_TEXT_BYTES = 256
 """A frame's texts hold at most the first plus as many of the second as it has ids; a stop string held back comes all at once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a waiting job stands: 1 = next. It starts within eta_s as likely as not, within eta_p90_s nine times of ten; both are None
+    while no finish is measured."""
+
+    position: int
+    eta_s: float | None
+    eta_p90_s: float | None
 
 
 @dataclass(frozen=True)
@@ -46,17 +61,8 @@ class Put:
     job_id: str
     state: JobState
     created: bool
-    position: int | None = None
-    eta_s: float | None = None
+    place: Place | None = None  # while it waits
     allowances: tuple[Allowance, ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a waiting job stands: 1 = next. eta_s is position / measured finish rate, None while none is measured."""
-
-    position: int
-    eta_s: float | None
 
 
 class Entry(NamedTuple):
@@ -102,6 +108,12 @@ class Snapshot:
         return [token for entry in self.entries for token in entry.ids]
 
 
+class Turned(TurnAnswer):
+    """What a worker is answered. again_s stays here: a whole batch is filling, and the turn is to be asked again after so long."""
+
+    again_s: float | None = Field(None, exclude=True)
+
+
 @dataclass(frozen=True)
 class Reaped:
     """What one round of reap did; `more` asks for another round at once (each is bounded)."""
@@ -135,10 +147,20 @@ class FinishedJob:
 
 
 @dataclass(frozen=True)
+class EtaErrors:
+    """How far off the ETAs were that jobs were told when they were put, of all that have started since the endpoint's first day."""
+
+    within: Mapping[float, int] = field(default_factory=dict)  # bound in seconds → starts off by so much at most, ascending, the last inf
+    sum_s: float = 0.0
+    late: int = 0  # starts after the 90th percentile that was told
+
+
+@dataclass(frozen=True)
 class Depth:
     """Numbers of one endpoint for /metrics."""
 
     waiting: int
+    waiting_tokens: int  # as estimated
     running: int
     sessions: int
     users_waiting: int
@@ -148,6 +170,7 @@ class Depth:
     ended: Mapping[str, int]  # terminal state → jobs since the endpoint's first day
     waiting_by_priority: Mapping[int, int]
     tokens: int  # appended since the endpoint's first day
+    eta_errors: EtaErrors
 
 
 @dataclass(frozen=True)
@@ -192,10 +215,19 @@ def allowance_of(rate: Rate, requests: str, tokens: str) -> Allowance:
 
 
 def place_of(reply: Sequence[Any]) -> Place | None:
-    position, rate = reply
+    position, p50_ms, p90_ms = reply
     if position is None:
         return None
-    return Place(position, position / float(rate) if rate else None)
+    return Place(position, None if p50_ms is None else p50_ms / 1000, None if p90_ms is None else p90_ms / 1000)
+
+
+def eta_errors_of(flat: Sequence[str]) -> EtaErrors:
+    counts = {name: int(count) for name, count in pairs_of(flat)}
+    within, so_far = {}, 0
+    for bound in (*ETA_BOUNDS_MS, "more"):
+        so_far += counts.get(str(bound), 0)
+        within[math.inf if bound == "more" else int(bound) / 1000] = so_far
+    return EtaErrors(within, counts.get("sum", 0) / 1000, counts.get("late", 0))
 
 
 def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: Sequence[Any]) -> Snapshot:
@@ -276,7 +308,7 @@ def live_worker_of(endpoint: str, session: str, lease_left_ms: int, running: int
     )
 
 
-def worker_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, produced: Sequence[str]) -> WorkerJob:
+def worker_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, level: str, produced: Sequence[str]) -> WorkerJob:
     return WorkerJob(
         id=job_id,
         attempt=int(attempt),
@@ -284,6 +316,7 @@ def worker_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes:
         produced_ids=[token for ids in produced for token in orjson.loads(ids)],
         sent_bytes=int(sent_bytes),
         suspect=int(deaths) >= 2,
+        priority=int(level),
     )
 
 

@@ -15,6 +15,9 @@ from mixtral_server.keys import Shard
 from mixtral_server.redis_client import redis_answers
 from mixtral_server.redis_nodes import AnyRedis
 
+LIFE = ("common", "share", "line", "rates", "life")
+"""What a script stands on that moves jobs. Redis runs all of a script at every call: what a script does not need only costs time."""
+
 
 class Scripts:
     def __init__(self, redis: AnyRedis, files_of: Mapping[str, Sequence[str]]) -> None:

@@ -50,9 +50,7 @@ def test_all_keys_of_an_endpoint_begin_with_one_hash_tag(endpoint: str) -> None:
 
 @given(st.sampled_from(KEYS), endpoint_names, st.text(min_size=1))
 def test_a_key_is_recognised_whatever_its_user_is_called(kind, endpoint: str, user: str) -> None:  # type: ignore[no-untyped-def]
-    rest = (
-        kind.pattern.replace("<user>", user).replace("<priority>", "3").replace("<id>", "x").replace("<session>", "y").replace("<key>", "k")
-    )
+    rest = kind.pattern.replace("<user>", user).replace("<level>", "3").replace("<id>", "x").replace("<session>", "y").replace("<key>", "k")
     assert key_kind(f"{{{endpoint}.0}}{rest}") == kind
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -68,7 +69,20 @@ async def test_mistake_in_a_task_beside_the_requests_is_not_swallowed() -> None:
 
 def test_queue_numbers_are_those_of_this_scrape_alone() -> None:
     metrics = Metrics()
-    numbers = QueueNumbers(waiting=3, running=1, workers=1, users_waiting=2, unsaved_usage=0, dead_letters=0, tokens=5, ended={"done": 4})
+    numbers = QueueNumbers(
+        waiting=3,
+        waiting_tokens=30,
+        running=1,
+        workers=1,
+        users_waiting=2,
+        unsaved_usage=0,
+        dead_letters=0,
+        tokens=5,
+        ended={"done": 4},
+        eta_errors_within={0.5: 2, math.inf: 3},
+        eta_errors_sum_s=7.5,
+        eta_late=1,
+    )
     shown = metrics.render({"mixtral_chat": numbers}).decode()
     assert 'mixtral_queue_waiting{endpoint="mixtral_chat"} 3.0' in shown
     assert 'mixtral_jobs_ended_total{endpoint="mixtral_chat",state="done"} 4.0' in shown

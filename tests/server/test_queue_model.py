@@ -1,8 +1,9 @@
 """The queue against a plain Python model of it: any order of clients, workers, lost answers, deaths and outages.
 
-The model says what each job's record and log must be and what each turn must answer. Of the order of jobs it says what does not
-depend on how fair share is reckoned: lowest priority first, each user's oldest first, nothing left waiting beside free room. Fair
-share has a property of its own below: no user with waiting jobs falls behind another by more than one job.
+The model says what each job's record and log must be, who is refused, which jobs their key's bound holds back, and what each turn must
+answer. Of the order of jobs it says what does not depend on how fair share is reckoned: the best level first, each user's first due
+first, nothing left waiting beside free room unless a batch is filling. Fair share has a property of its own below: no user with waiting
+jobs falls behind another by more than one job.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from redis.asyncio import Redis
 
-from mixtral_client.protocol import Frame, FrameError, JobSpec, SessionRequest, TurnAnswer, TurnRequest
-from mixtral_server.errors import SessionLapsed
+from mixtral_client.protocol import Frame, FrameError, JobSpec, SessionRequest, TurnRequest
+from mixtral_server.errors import QueueFull, SessionLapsed
 from mixtral_server.keys import Shard, key_kind
 from mixtral_server.queue import JobQueue, QueueLimits
-from mixtral_server.records import TERMINAL_STATES
+from mixtral_server.records import TERMINAL_STATES, Turned
 from support.queue_bench import ENDPOINT
-from support.redis import RedisProcess
+from support.redis import RedisProcess, connect
 
 T = TypeVar("T")
 SHARD = Shard(ENDPOINT)
+AGEING_S = 1000
+LIMITS = QueueLimits(
+    max_sessions_per_key=1000,
+    max_waiting=6,
+    max_waiting_per_user=7,
+    max_waiting_tokens=50,
+    max_waiting_tokens_per_user=60,
+    ageing_s=AGEING_S,
+    batch_wait_ms=3_600_000,
+)
 LETTERS = 'añb€c/d"e\\'
 
 
@@ -36,7 +46,10 @@ class Job:
     owner: str
     priority: int
     max_tokens: int
-    arrival: int
+    due: float  # as Redis reckoned it: arrival + priority x ageing
+    put_at: int  # seconds of the model's clock
+    key: str | None = None  # of those whose running jobs are bounded
+    level: int = 0  # at which it was leased
     state: str = "waiting"
     attempt: int = 0
     deaths: int = 0
@@ -60,6 +73,7 @@ class Job:
 class Session:
     id: str
     slots: int
+    batch: int | None = None
     held: dict[str, int] = field(default_factory=dict)  # what the server leased to it
     knows: dict[str, int] = field(default_factory=dict)  # what the worker has heard of
     turn: int = 0
@@ -71,21 +85,24 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.redis = Redis.from_url(url, decode_responses=True, single_connection_client=True)
+        self.redis = connect(url)
         self.run(self.redis.flushall())
-        self.queue = JobQueue(self.redis, {ENDPOINT: QueueLimits(max_sessions_per_key=1000)})
+        self.queue = JobQueue(self.redis, {ENDPOINT: LIMITS})
         self.run(self.queue.reap(ENDPOINT))
         self.jobs: dict[str, Job] = {}
         self.sessions: list[Session] = []
         self.ghosts: list[Session] = []  # lapsed or closed
         self.keys: dict[str, str] = {}  # idempotency key → job
+        self.most: dict[str, int] = {}  # key → bound on its running jobs
+        self.waited_s = 0  # the model's clock
+        self.filling: str | None = None  # a batch: "fresh", or "due" once its linger is over
 
     @initialize(jobs=st.integers(0, 6), workers=st.integers(0, 3))
     def begin(self, jobs: int, workers: int) -> None:
         for number in range(jobs):
-            self.put(("ann", "bob")[number % 2], 0, 4 + number, 1.0, number == 3, None)
+            self.put(("ann", "bob")[number % 2], 0, 4 + number, 1.0, number == 3, None, None)
         for number in range(workers):
-            self.open_session(4 - number)
+            self.open_session(4 - number, 2 if number == 2 else None)
 
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(step)
@@ -99,25 +116,38 @@ class QueueMachine(RuleBasedStateMachine):
         weight=st.sampled_from([1.0, 1.0, 0.5, 3.0]),
         has_deadline=st.booleans(),
         key=st.none() | st.sampled_from(["k1", "k2"]),
+        most=st.none() | st.integers(1, 3),
     )
-    def put(self, owner: str, priority: int, max_tokens: int, weight: float, has_deadline: bool, key: str | None) -> None:
-        put = self.run(
-            self.queue.put(
-                ENDPOINT,
-                owner,
-                JobSpec(prompt=[1], max_tokens=max_tokens, seed=1),
-                priority=priority,
-                weight=weight,
-                idempotency_key=key,
-                queue_timeout_s=1000 if has_deadline else None,
-            )
-        )
+    def put(self, owner: str, priority: int, max_tokens: int, weight: float, has_deadline: bool, key: str | None, most: int | None) -> None:
         known = self.keys.get(f"{owner} {key}")
+        is_refused = known is None and self.refuses(owner)
+        try:
+            put = self.run(
+                self.queue.put(
+                    ENDPOINT,
+                    owner,
+                    JobSpec(prompt=[1], max_tokens=max_tokens, seed=1),
+                    priority=priority,
+                    weight=weight,
+                    idempotency_key=key,
+                    queue_timeout_s=1000 if has_deadline else None,
+                    key_id=f"key of {owner}",
+                    max_running=most,
+                )
+            )
+        except QueueFull:
+            assert is_refused
+            return
+        assert not is_refused
         assert put.created == (known is None)
         if known is not None:
             assert (put.job_id, put.state) == (known, self.jobs[known].state)
             return
-        job = Job(put.job_id, owner, priority, max_tokens, len(self.jobs), has_deadline=has_deadline)
+        due = float(self.run(self.redis.hget(SHARD.key(f"job:{put.job_id}"), "due")) or 0)
+        job = Job(put.job_id, owner, priority, max_tokens, due, self.waited_s, has_deadline=has_deadline)
+        if most is not None:
+            job.key = f"key of {owner}"
+            self.most[job.key] = most
         self.jobs[job.id] = job
         if key:
             self.keys[f"{owner} {key}"] = job.id
@@ -137,10 +167,20 @@ class QueueMachine(RuleBasedStateMachine):
     # -------------------------------------------------------------------------------------------- workers
 
     @precondition(lambda self: len(self.sessions) < 4)
-    @rule(slots=st.integers(1, 4))
-    def open_session(self, slots: int) -> None:
-        login = SessionRequest(endpoint=ENDPOINT, name="w", protocol=1, version="1", model="m", device="d", max_slots=slots, max_seq_len=9)
-        self.sessions.append(Session(self.run(self.queue.open_session(login, "key")).session, slots))
+    @rule(slots=st.integers(1, 4), batch=st.sampled_from([None, None, 1, 3]))
+    def open_session(self, slots: int, batch: int | None) -> None:
+        login = SessionRequest(
+            endpoint=ENDPOINT,
+            name="w",
+            protocol=1,
+            version="1",
+            model="m",
+            device="d",
+            max_slots=slots,
+            max_seq_len=9,
+            static_batch=batch,
+        )
+        self.sessions.append(Session(self.run(self.queue.open_session(login, "key")).session, slots, batch))
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data(), room=st.integers(0, 5), is_lost=st.booleans())
@@ -165,7 +205,7 @@ class QueueMachine(RuleBasedStateMachine):
         frames = [self.tokens(job, attempt, 1, 3, finish="stop") for job, attempt in session.held.items()]
         late = TurnRequest(session=session.id, turn=session.turn - 1, frames=frames, room=9)
         answer = self.run(self.queue.turn(late, "key"))
-        assert answer == TurnAnswer(turn=late.turn)
+        assert answer == Turned(turn=late.turn)
         for job_id in session.held:
             self.check(self.jobs[job_id])
 
@@ -226,7 +266,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.run(self.queue.reap(ENDPOINT)).expired == 1
         job.end("expired", "expired")
         if not is_reaped:  # a worker comes first, and must not be given it
-            self.open_session(4)
+            self.open_session(4, None)
             session = self.sessions[-1]
             self.exchange(session, TurnRequest(session=session.id, turn=1, room=4), is_lost=False)
             self.run(self.queue.reap(ENDPOINT))
@@ -236,11 +276,25 @@ class QueueMachine(RuleBasedStateMachine):
     def outage(self, gap_s: int) -> None:
         """Nobody watched for so long, or Redis's clock jumped: nothing lapses and nothing expires."""
         self.run(self.redis.incrby(SHARD.key("tick"), -gap_s * 1000))
+        self.run(self.redis.hincrby(SHARD.key("clock"), "away", -gap_s * 1_000_000))
         for key in ("sessions", "deadlines"):
             for member in self.run(self.redis.zrange(SHARD.key(key), 0, -1)):
                 self.run(self.redis.zincrby(SHARD.key(key), -gap_s * 1000, member))
         reaped = self.run(self.queue.reap(ENDPOINT))
         assert (reaped.lapsed_sessions, reaped.expired) == (0, 0)
+
+    @rule(seconds=st.sampled_from([400, 1000, 2500, 9000]))
+    def wait(self, seconds: int) -> None:
+        """All that waits has waited so much longer."""
+        self.waited_s += seconds
+        self.run(self.redis.hincrby(SHARD.key("clock"), "away", -seconds * 1_000_000))
+        self.run(self.queue.reap(ENDPOINT))
+
+    @precondition(lambda self: self.filling)
+    @rule()
+    def linger_ends(self) -> None:
+        self.filling = "due"
+        self.run(self.redis.incrby(SHARD.key("filling"), -LIMITS.batch_wait_ms))
 
     @rule()
     def flush_scripts(self) -> None:
@@ -270,6 +324,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.check(job)
         depth = self.run(self.queue.depth(ENDPOINT))
         assert depth.waiting == sum(job.state == "waiting" for job in self.jobs.values())
+        assert depth.waiting_tokens == sum(job.max_tokens + 1 for job in self.jobs.values() if job.state == "waiting")
         assert depth.running == sum(len(session.held) for session in self.sessions)
         assert depth.sessions == len(self.sessions)
         assert depth.tokens == sum(len(job.ids) for job in self.jobs.values())
@@ -285,8 +340,9 @@ class QueueMachine(RuleBasedStateMachine):
         for key in self.run(self.redis.keys()):
             kind = key_kind(key)
             assert kind is not None
-            is_one = kind.pattern in (":tick", ":arrivals", ":rate", ":totals", ":usage", ":dead")
+            is_one = kind.pattern in (":tick", ":clock", ":rate", ":totals", ":usage", ":dead", ":parked", ":filling", ":eta")
             assert is_one or self.run(self.redis.ttl(key)) > 0, key
+        assert self.run(self.redis.get(SHARD.key("parked"))) in (None, "0")
 
     # -------------------------------------------------------------------------------------------- the model
 
@@ -336,6 +392,7 @@ class QueueMachine(RuleBasedStateMachine):
         for job in answer.jobs:
             record = self.jobs[job.id]
             assert (job.attempt, job.produced_ids, job.suspect) == (record.attempt, record.ids, record.is_suspect)
+            assert job.priority == record.level
             assert job.sent_bytes == len("".join(map(text_of, record.ids)).encode())
         session.turn, session.last, session.sent = request.turn, request, [job.id for job in answer.jobs]
         if not is_lost:
@@ -368,7 +425,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.finish(session, job, "done", frame.finish)
         return None
 
-    def check_jobs(self, session: Session, request: TurnRequest, answer: TurnAnswer, released: bool) -> None:
+    def check_jobs(self, session: Session, request: TurnRequest, answer: Turned, released: bool) -> None:
         given = [job.id for job in answer.jobs]
         if request.turn == session.turn and session.sent:
             assert given == [job_id for job_id in session.sent if job_id in session.held]
@@ -380,6 +437,12 @@ class QueueMachine(RuleBasedStateMachine):
             self.requeue(session, self.jobs[job_id])
             released = True
         free = 0 if released else min(request.room - len(again), session.slots - len(session.held))
+        if session.batch is not None and free > 0:
+            free = min(free, session.batch)
+            in_line = sum(job.state == "waiting" and not self.is_parked(job) for job in self.jobs.values())
+            self.filling = None if in_line in (0, *range(free, in_line + 1)) or self.filling == "due" else "fresh"
+            assert (answer.again_s is not None) == (self.filling is not None)
+            free = 0 if self.filling else free
         for job_id in given[len(again) :]:
             free -= 1
             self.lease(session, self.jobs[job_id])
@@ -390,16 +453,43 @@ class QueueMachine(RuleBasedStateMachine):
     def claimable(self, session: Session) -> list[Job]:
         has_suspect = any(self.jobs[job_id].is_suspect for job_id in session.held)
         waiting = [job for job in self.jobs.values() if job.state == "waiting"]
-        return [job for job in waiting if not (has_suspect and job.is_suspect)]
+        return [job for job in waiting if not (has_suspect and job.is_suspect) and not self.is_parked(job)]
+
+    def is_parked(self, job: Job) -> bool:
+        """Of a key's jobs so many are not as may run beside those that do: those first due."""
+        if job.key is None:
+            return False
+        of_key = [other for other in self.jobs.values() if other.key == job.key and not other.has_ended]
+        running = sum(other.state != "waiting" for other in of_key)
+        before = sum(other.state == "waiting" and other.due < job.due for other in of_key)
+        return running + before >= self.most[job.key]
+
+    def level_of(self, job: Job) -> int:
+        return max(0, job.priority - (self.waited_s - job.put_at) // AGEING_S)
+
+    def refuses(self, owner: str) -> bool:
+        waiting = [job for job in self.jobs.values() if job.state == "waiting"]
+        mine = [job for job in waiting if job.owner == owner]
+        users = len({job.owner for job in waiting} | {owner})
+
+        def tokens(jobs: list[Job]) -> int:
+            return sum(job.max_tokens + 1 for job in jobs)
+
+        if len(mine) >= LIMITS.max_waiting_per_user or tokens(mine) >= LIMITS.max_waiting_tokens_per_user:
+            return True
+        fill = max(len(waiting) / LIMITS.max_waiting, tokens(waiting) / LIMITS.max_waiting_tokens)
+        share = max(len(mine) / LIMITS.max_waiting, tokens(mine) / LIMITS.max_waiting_tokens) * users
+        return fill >= 1 and not (share < 1 and fill < 2) and not (not mine and fill < 3)
 
     def lease(self, session: Session, job: Job) -> None:
-        """Whatever fair share says: nobody of a lower priority number waits, no suspect before it, none of its user's that is older."""
+        """Whatever fair share says: nobody of a better level waits, no suspect before it, none of its user's that is due before it."""
         rivals = self.claimable(session)
         assert job in rivals
-        assert job.priority == min(rival.priority for rival in rivals)
-        same = [rival for rival in rivals if rival.priority == job.priority and rival.is_suspect == job.is_suspect]
-        assert job.is_suspect or not any(rival.is_suspect for rival in rivals if rival.priority == job.priority)
-        assert job.arrival == min(rival.arrival for rival in same if job.is_suspect or rival.owner == job.owner)
+        job.level = self.level_of(job)
+        assert job.level == min(map(self.level_of, rivals))
+        assert job.is_suspect or not any(rival.is_suspect for rival in rivals if self.level_of(rival) == job.level)
+        same = [rival for rival in rivals if rival.is_suspect == job.is_suspect]
+        assert job.due == min(rival.due for rival in same if job.is_suspect or rival.owner == job.owner)
         job.state, job.has_deadline = "leased", False
         job.attempt += 1
         session.held[job.id] = job.attempt
@@ -454,7 +544,7 @@ def test_no_waiting_user_falls_behind_another_by_more_than_one_job(
 
 
 async def share_of_backlogged_users(url: str, users: list[tuple[list[int], float]]) -> None:
-    redis = Redis.from_url(url, decode_responses=True, single_connection_client=True)
+    redis = connect(url)
     await redis.flushall()
     queue = JobQueue(redis, {ENDPOINT: QueueLimits()})
     owner_of: dict[str, int] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from mixtral_client.protocol import Frame, JobSpec, SessionRequest, TurnAnswer, TurnRequest, WorkerJob
+from mixtral_client.protocol import Frame, JobSpec, SessionRequest, TurnRequest, WorkerJob
 from mixtral_server.keys import Shard
 from mixtral_server.queue import JobQueue
+from mixtral_server.records import Turned
 
 ENDPOINT = "mixtral_chat"
 
@@ -21,9 +22,17 @@ class Bench:
         spec = JobSpec(prompt=[1, 2, 3], max_tokens=max_tokens, seed=7)
         return (await self.queue.put(ENDPOINT, owner, spec, **more)).job_id  # type: ignore[arg-type]
 
-    async def worker(self, name: str = "w", *, slots: int = 64, key: str = "key") -> Hand:
+    async def worker(self, name: str = "w", *, slots: int = 64, key: str = "key", static_batch: int | None = None) -> Hand:
         login = SessionRequest(
-            endpoint=ENDPOINT, name=name, protocol=1, version="1", model="toy", device="cpu", max_slots=slots, max_seq_len=512
+            endpoint=ENDPOINT,
+            name=name,
+            protocol=1,
+            version="1",
+            model="toy",
+            device="cpu",
+            max_slots=slots,
+            max_seq_len=512,
+            static_batch=static_batch,
         )
         return Hand(self.queue, (await self.queue.open_session(login, key)).session, key)
 
@@ -54,7 +63,7 @@ class Hand:
         self.number = 0
         self.holding: dict[str, int] = {}
 
-    async def turn(self, *frames: Frame, room: int = 0, number: int | None = None, lose_answer: bool = False) -> TurnAnswer:
+    async def turn(self, *frames: Frame, room: int = 0, number: int | None = None, lose_answer: bool = False) -> Turned:
         """Send one turn; a lost answer changes nothing in what the worker knows."""
         self.number = self.number + 1 if number is None else number
         answer = await self.queue.turn(self.request(*frames, room=room), self.key)

@@ -164,6 +164,7 @@ class Batch:
             min(spec.max_tokens, room),
             Sampling(drawn.temperature, drawn.top_p, drawn.top_k, spec.seed, drawn.min_p),
             produced_ids,
+            job.priority,
             steering=self._steering(spec, prompt_ids, produced_ids, begun or ""),
         )
         ends_by_eos = not spec.ignore_eos or sequence.grammar is not None  # a grammar says itself when an answer is whole

@@ -351,6 +351,8 @@ class JobAccepted(Wire):
     model: str
     state: JobState
     position: int | None = Field(None, description="1 = next; null once a worker has it")
+    eta_s: float | None = Field(None, description="seconds within which it starts as likely as not; null where nothing is measured")
+    eta_p90_s: float | None = Field(None, description="seconds within which it starts nine times of ten")
 
 
 class JobView(Wire):
@@ -361,6 +363,8 @@ class JobView(Wire):
     state: JobState
     created: float = Field(description="unix seconds, Redis's clock")
     position: int | None = None
+    eta_s: float | None = None
+    eta_p90_s: float | None = None
     attempt: int = 0
     tokens: int = Field(0, description="tokens in the log so far")
     text: str = Field("", description="their text")
@@ -371,9 +375,12 @@ class JobView(Wire):
 
 
 class QueuedEvent(Wire):
+    """Its place while it waits: 1 = next. It starts within eta_s as likely as not, within eta_p90_s nine times of ten."""
+
     event: Literal["queued"] = "queued"
     position: int
     eta_s: float | None = None
+    eta_p90_s: float | None = None
 
 
 class TokenEvent(Wire):
@@ -453,6 +460,7 @@ class SessionRequest(Wire):
     device: str = Field(max_length=200)
     max_slots: int = Field(ge=1, le=100_000)
     max_seq_len: int = Field(ge=1)
+    static_batch: int | None = Field(None, ge=1, description="it takes whole batches of at most so many jobs; null: any number at any time")
 
 
 class SessionAnswer(Wire):
@@ -559,6 +567,7 @@ class WorkerJob(Wire):
     produced_ids: list[int] = Field(default_factory=list)
     sent_bytes: int = Field(0, description="UTF-8 bytes of text in the log; the first new text starts there")
     suspect: bool = Field(False, description="workers have died holding this job; at most one such job runs in a batch")
+    priority: int = Field(0, description="lower is served first and keeps its slot; waiting has lowered it already")
 
 
 class Expect(Wire):

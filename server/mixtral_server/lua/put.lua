@@ -1,13 +1,14 @@
 -- A job is queued, once, however often this is called with its id.
 -- ARGV: id, owner, priority, weight, estimate, max tokens, request, title, ttl, queue timeout or '', idempotency field or '',
---       body hash, most waiting, most waiting of one user, most unsaved rows, rates as JSON or ''
--- → {what the rates' buckets hold: {requests, tokens} of each, then {outcome, id, state, position, finish rate} or
---    {refusal, count, finish rate}; of 'limited' the count is that of the rates before the one that refused}
+--       body hash, most waiting, most waiting of one user, most tokens waiting, most of one user, most unsaved rows, rates as JSON or '',
+--       key or '', most running of the key, ageing
+-- → {what the rates' buckets hold: {requests, tokens} of each, then {outcome, id, state, position, median and 90th percentile of the
+--    wait} or {refusal, …}; of 'limited' the number of the rates before the one that refused}
 
 local id, owner, prio = ARGV[1], ARGV[2], ARGV[3]
 local idem = ARGV[11] ~= '' and t .. ':idem:' .. owner .. ':' .. ARGV[11] or ''
 
-local rates, left = ARGV[16] ~= '' and cjson.decode(ARGV[16]) or {}, {}
+local rates, left = ARGV[18] ~= '' and cjson.decode(ARGV[18]) or {}, {}
 for i, rate in ipairs(rates) do left[i] = look_into(rate) end
 
 local function with_rates(reply)
@@ -17,52 +18,68 @@ local function with_rates(reply)
 end
 
 local function answer(outcome, job)
-  local place = place_reply(job)
-  return with_rates({outcome, job.id, job.state, place[1], place[2]})
+  return {outcome, job.id, job.state, unpack(place_reply(job))}
 end
 
-local function refuse(why, count)
-  local rate = finish_rate()
-  return with_rates({why, count, rate and string.format('%.9f', rate) or ''})
-end
-
-local sent_before = load_job(id)
-if sent_before then return answer('created', sent_before) end
+if call('EXISTS', job_key(id)) == 1 then return with_rates(answer('created', load_job(id))) end
 
 if idem ~= '' then
   local known = call('HMGET', idem, 'job', 'body')
   local job = known[1] and load_job(known[1])
   if job then
-    if known[2] ~= ARGV[12] then return refuse('conflict', 0) end
-    return answer('known', job)
+    if known[2] ~= ARGV[12] then return with_rates({'conflict'}) end
+    return with_rates(answer('known', job))
   end
 end
 
+-- Up to the bounds all are taken. Beyond them who has more than an equal share of the bounds is refused, up to twice the bounds; who has
+-- nothing waiting, up to three times.
 local waiting = 0
-for _, count in ipairs(call('HVALS', t .. ':waiting')) do waiting = waiting + count end
-if waiting >= tonumber(ARGV[13]) then return refuse('full', waiting) end
+for _, jobs in ipairs(call('HVALS', t .. ':waiting')) do waiting = waiting + jobs end
 local of_user = tonumber(call('HGET', t .. ':waiting_of', owner) or 0)
-if of_user >= tonumber(ARGV[14]) then return refuse('user_full', of_user) end
+local tokens = call('HMGET', t .. ':tokens_of', '', owner)
+local of_all, tokens_of_user = tonumber(tokens[1] or 0), tonumber(tokens[2] or 0)
+local users = call('HLEN', t .. ':waiting_of') + (of_user == 0 and 1 or 0)
+local fill = math.max(waiting / ARGV[13], of_all / ARGV[15])
+local share = math.max(of_user / ARGV[13], tokens_of_user / ARGV[15]) * users
+local refusal
+if of_user >= tonumber(ARGV[14]) then
+  refusal = 'user_jobs'
+elseif of_user > 0 and tokens_of_user >= tonumber(ARGV[16]) then
+  refusal = 'user_tokens'
+elseif fill >= 1 and not (share < 1 and fill < 2 or of_user == 0 and fill < 3) then
+  refusal = waiting >= tonumber(ARGV[13]) and 'jobs' or 'tokens'
+end
+if refusal then return with_rates({refusal, waiting, of_all, of_user, tokens_of_user, users, finish_rate()}) end
 local unsaved = call('XLEN', t .. ':usage')
-if unsaved >= tonumber(ARGV[15]) then return refuse('unsaved', unsaved) end
+if unsaved >= tonumber(ARGV[17]) then return with_rates({'unsaved', unsaved}) end
 
 for i, rate in ipairs(rates) do
   local requests, tokens = left[i].requests or 1, left[i].tokens or math.huge
-  if requests < 1 or tokens < math.min(rate[3], tonumber(ARGV[5])) then return refuse('limited', i - 1) end
+  if requests < 1 or tokens < math.min(rate[3], tonumber(ARGV[5])) then return with_rates({'limited', i - 1}) end
 end
 for i, rate in ipairs(rates) do pour(rate, left[i], -1, -ARGV[5]) end
 
+move_times()
+local arrival = math.max(read_clock().now, clock.last + 1)
+clock.now, clock.last, clock.ageing = arrival, arrival, tonumber(ARGV[21])
+call('HSET', t .. ':clock', 'last', arrival, 'ageing', ARGV[21])
+local due = arrival + prio * clock.ageing
 call('HSET', job_key(id), 'state', 'waiting', 'owner', owner, 'prio', prio, 'weight', ARGV[4], 'estimate', ARGV[5],
-  'max', ARGV[6], 'spec', ARGV[7], 'title', ARGV[8], 'ttl', ARGV[9], 'idem', idem, 'created', now,
-  'arrival', call('INCR', t .. ':arrivals'), 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0)
-if #rates > 0 then call('HSET', job_key(id), 'rates', ARGV[16], 'charged', ARGV[5]) end
+  'max', ARGV[6], 'spec', ARGV[7], 'title', ARGV[8], 'ttl', ARGV[9], 'idem', idem, 'key', ARGV[19], 'most', ARGV[20], 'created', now,
+  'due', due, 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0)
+if #rates > 0 then call('HSET', job_key(id), 'rates', ARGV[18], 'charged', ARGV[5]) end
 if idem ~= '' then
   call('DEL', idem)
   call('HSET', idem, 'job', id, 'body', ARGV[12])
 end
-move_times()
 if ARGV[10] ~= '' then call('ZADD', t .. ':deadlines', now + ARGV[10], id) end
-local job = load_job(id)
-enqueue(job)
+local job = {
+  id = id, state = 'waiting', owner = owner, prio = prio, weight = tonumber(ARGV[4]), due = due, estimate = tonumber(ARGV[5]), deaths = 0,
+  n = 0, key = ARGV[19],
+}
+enqueue(job, ARGV[20])
 publish()
-return answer('created', job)
+local said = answer('created', job)
+if said[5] then call('HSET', job_key(id), 'eta', said[5], 'eta_p90', said[6]) end
+return with_rates(said)

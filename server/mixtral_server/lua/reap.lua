@@ -1,6 +1,6 @@
--- What time alone changes: sessions lapse, queue-time limits pass. Bounded per call.
+-- What time alone changes: sessions lapse, queue-time limits pass, users rise a level. Bounded per call.
 -- ARGV: most dead letters kept, how long their jobs are. → {lapsed, requeued, dead, expired, gap in ms, whether more is left}
-local MAX_SESSIONS, MAX_EXPIRED = 50, 500
+local MAX_SESSIONS, MAX_EXPIRED, MAX_LIFTED = 50, 500, 500
 
 local is_first = call('EXISTS', t .. ':tick') == 0
 use_reserve()
@@ -20,6 +20,9 @@ end
 local expired = call('ZRANGEBYSCORE', t .. ':deadlines', '-inf', now, 'LIMIT', 0, MAX_EXPIRED)
 for _, id in ipairs(expired) do finish(load_job(id), 'expired', 'expired') end
 
+local lifted = call('ZRANGEBYSCORE', t .. ':lifts', '-inf', read_clock().now, 'LIMIT', 0, MAX_LIFTED)
+for _, user in ipairs(lifted) do stand_by_first(user) end
+
 publish()
-local more = #lapsed == MAX_SESSIONS or #expired == MAX_EXPIRED
+local more = #lapsed == MAX_SESSIONS or #expired == MAX_EXPIRED or #lifted == MAX_LIFTED
 return {#lapsed, requeued, dead, #expired, gap, more and 1 or 0}

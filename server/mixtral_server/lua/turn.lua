@@ -1,7 +1,7 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
--- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, pairs held, then (job, attempt) of each,
+-- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, pairs held, then (job, attempt) of each,
 --       then 4 of each frame: head (below), ids, texts, error detail
--- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain}
+-- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling}
 
 local session, turn, room = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
 local login = table_of(call('HGETALL', session_key(session)))
@@ -25,10 +25,10 @@ local function drop(job, attempt)
 end
 
 -- Frames.
-local pairs_held = tonumber(ARGV[8])
+local pairs_held = tonumber(ARGV[9])
 local HEAD = '^(%S+) (%S+) (%S+) (%S+) (%S*) (%S*) (.*)$' -- attempt, offset, count, bytes of texts, prompt tokens or '', ending or '', job
 local released = false
-for at = 9 + 2 * pairs_held, #ARGV, 4 do
+for at = 10 + 2 * pairs_held, #ARGV, 4 do
   local frame = {ids = ARGV[at + 1], texts = ARGV[at + 2], detail = ARGV[at + 3]}
   local attempt, offset, count, bytes, prompt_tokens, ending, job = string.match(ARGV[at], HEAD)
   frame.job, frame.attempt, frame.prompt_tokens, frame.ending = job, attempt, prompt_tokens, ending
@@ -46,7 +46,7 @@ if appended > 0 then call('HINCRBY', t .. ':totals', 'tokens', appended) end
 
 -- What the worker has and should not, and the other way round.
 local has = {}
-for i = 9, 8 + 2 * pairs_held, 2 do
+for i = 10, 9 + 2 * pairs_held, 2 do
   local job, attempt = ARGV[i], ARGV[i + 1]
   if held[job] == attempt then has[job] = true else drop(job, attempt) end
 end
@@ -58,7 +58,7 @@ end
 table.sort(lacks)
 
 -- Jobs. A worker that lost an answer gets its jobs again before any other; one that has no room for them any more gives them back.
-local jobs = {}
+local jobs, fill = {}, 0
 local sent = turn == last_turn and login.sent or ''
 if sent ~= '' then
   for job in string.gmatch(sent, '%S+') do
@@ -75,7 +75,12 @@ else
   end
   local free = math.min(room - #jobs, login.max_slots - running, ARGV[6] - #jobs)
   if free > 0 and not released and not login.drain then
-    for _, job in ipairs(claim(session, free, not held[login.suspect or ''])) do jobs[#jobs + 1] = job end
+    local batch = tonumber(login.static_batch)
+    if batch then
+      free = math.min(free, batch)
+      fill = fill_ms(free, ARGV[8])
+    end
+    for _, job in ipairs(claim(session, fill > 0 and 0 or free, not held[login.suspect or ''])) do jobs[#jobs + 1] = job end
   end
 end
 
@@ -85,4 +90,4 @@ publish()
 
 local replies = {}
 for i, job in ipairs(jobs) do replies[i] = job_reply(job) end
-return {'ok', replies, drops, expects, login.drain and 1 or 0}
+return {'ok', replies, drops, expects, login.drain and 1 or 0, fill}

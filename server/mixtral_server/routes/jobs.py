@@ -7,6 +7,8 @@ what comes next to the relay.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from aiohttp import web
 
@@ -15,7 +17,7 @@ from mixtral_server import sse
 from mixtral_server.auth import Caller
 from mixtral_server.cursor import Followed, Tokens
 from mixtral_server.errors import JobNotFound, RequestRefused
-from mixtral_server.records import Snapshot
+from mixtral_server.records import Place, Snapshot
 from mixtral_server.routes.body import fingerprint, read_model
 from mixtral_server.routes.service import Route, Service
 from mixtral_server.routes.specs import job_spec
@@ -39,7 +41,7 @@ async def put_job(service: Service, request: web.Request, caller: Caller) -> web
         priority=wanted.priority if "priority" in wanted.model_fields_set else None,
         queue_timeout_s=wanted.queue_timeout_s,
     )
-    accepted = JobAccepted(id=put.job_id, model=endpoint.name, state=put.state, position=put.position)
+    accepted = JobAccepted(id=put.job_id, model=endpoint.name, state=put.state, **told(put.place))
     return web.json_response(
         body=accepted.model_dump_json().encode(), status=202 if put.created else 200, headers={"Location": f"/v1/jobs/{put.job_id}"}
     )
@@ -53,7 +55,6 @@ async def get_job(service: Service, request: web.Request, caller: Caller) -> web
         model=job.endpoint,
         state=job.state,
         created=job.created,
-        position=place.position if place else None,
         attempt=job.attempt,
         tokens=job.n,
         text=job.text,
@@ -61,6 +62,7 @@ async def get_job(service: Service, request: web.Request, caller: Caller) -> web
         error=job.error,
         usage=job.usage,
         timings=job.timings,
+        **told(place),
     )
     return web.json_response(body=view.model_dump_json().encode())
 
@@ -95,6 +97,11 @@ ROUTES = (
     Route("GET", "/v1/jobs/{id}/events", "client", follow_job),
     Route("DELETE", "/v1/jobs/{id}", "client", cancel_job),
 )
+
+
+def told(place: Place | None) -> dict[str, Any]:
+    """The fields of a body that say where a waiting job stands."""
+    return asdict(place) if place else {}
 
 
 async def owned_job(service: Service, request: web.Request, caller: Caller, after: int = 0) -> Snapshot:

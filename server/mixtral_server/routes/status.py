@@ -59,6 +59,7 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
             continue
         queues[endpoint] = QueueNumbers(
             waiting=depth.waiting,
+            waiting_tokens=depth.waiting_tokens,
             running=depth.running,
             workers=depth.sessions,
             users_waiting=depth.users_waiting,
@@ -66,6 +67,9 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
             dead_letters=depth.dead_letters,
             tokens=depth.tokens,
             ended=depth.ended,
+            eta_errors_within=depth.eta_errors.within,
+            eta_errors_sum_s=depth.eta_errors.sum_s,
+            eta_late=depth.eta_errors.late,
         )
         workers += [WorkerNumbers(endpoint, one.name, one.telemetry) for one in sessions[:MOST_WORKERS]]
     service.metrics.redis_up.set(is_redis_up)

@@ -49,7 +49,7 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
         left_s = until - clock()
         if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
             return web.json_response(body=answer.model_dump_json().encode())
-        await _work_or_closing(service, shard.endpoint, min(left_s, service.settings.worker_claim_s), seen)
+        await _work_or_closing(service, shard.endpoint, min(left_s, service.settings.worker_claim_s, answer.again_s or left_s), seen)
         await service.auth.caller(request, "worker")  # a key revoked while the turn waited gets no more jobs
 
 
