@@ -2,7 +2,7 @@
 
 All keys of an endpoint begin with one hash tag, `{endpoint.shard}`, so that each script runs on one cluster slot. Job and session
 ids begin with the same words, so any replica finds the keys from an id alone. The scripts write the names a second time
-(lua/common.lua); a test holds the two equal. Pure: no I/O.
+(lua/); a test holds the two equal. Pure: no I/O.
 """
 
 from __future__ import annotations

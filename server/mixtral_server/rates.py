@@ -1,6 +1,6 @@
 """What someone may start a minute: a rate, what is left of it, and how that is said. Pure.
 
-Leaves the buckets themselves to lua/common.lua, where they are taken from in the same step that queues a job, and whose rate is asked to
+Leaves the buckets themselves to lua/rates.lua, where they are taken from in the same step that queues a job, and whose rate is asked to
 auth.py.
 """
 

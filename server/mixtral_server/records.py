@@ -36,7 +36,7 @@ CALLER_ERRORS = frozenset(
 other word, known or not, is a server_error."""
 
 ETA_BOUNDS_MS = (100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000)
-"""Of the histogram of ETA errors; lua/common.lua writes them a second time."""
+"""Of the histogram of ETA errors; lua/claim.lua writes them a second time."""
 
 MAX_TELEMETRY_BYTES = 4096
 MAX_FRAME_TEXT_BYTES = 4096

@@ -32,7 +32,13 @@ LOGIN = SessionRequest(
 
 @asynccontextmanager
 async def open_queue(url: str) -> AsyncIterator[tuple[JobQueue, Any]]:
-    limits = QueueLimits(max_waiting=MOST_WAITING, max_waiting_per_user=MOST_WAITING, lease_s=300)
+    limits = QueueLimits(
+        max_waiting=MOST_WAITING,
+        max_waiting_per_user=MOST_WAITING,
+        max_waiting_tokens=10**12,
+        max_waiting_tokens_per_user=10**12,
+        lease_s=300,
+    )
     async with open_url(url) as redis:
         queue = JobQueue(redis, {ENDPOINT: limits})
         await queue.start()
