@@ -2,6 +2,8 @@
 
 python -m support.peak_memory FOLDER …  →  {FOLDER: {"weights": bytes, "largest": bytes of its largest tensor, "peak": bytes}, …}
 
+A folder with AS_A_SHARE behind it is read as one rank of four does, the experts shared out over two groups.
+
 Run it with ENVIRONMENT. Counted is anonymous memory: a mapped file's pages are the kernel's cache, dropped when memory is short.
 """
 
@@ -26,6 +28,8 @@ SHAPE = "random:dim=512,n_heads=8,n_kv_heads=4,head_dim=64,hidden_dim=1024,vocab
 MOE, DENSE = f"{SHAPE},n_layers=2", f"{SHAPE},n_layers=7,n_experts=1,experts_per_token=1"  # 121 MB and 82 MB in tensors of at most 8.4
 FIRST = "random:dim=64,n_layers=1,hidden_dim=64,vocab_size=64"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc would keep freed tensors for the next ones
+AS_A_SHARE = "@share"
+SHARED_LAYOUTS = ("mistral", "first_release", "huggingface", "random")  # those with experts
 SAMPLE_EVERY_S = 0.0005
 
 
@@ -57,10 +61,10 @@ def write_large(layout: str, folder: Path) -> Path:
     return folder
 
 
-def empty_model(ckpt_dir: Path) -> tuple[ModelConfig, Transformer]:
+def empty_model(ckpt_dir: Path, shard: Shard | None = None) -> tuple[ModelConfig, Transformer]:
     config = ModelConfig.read(ckpt_dir)
     with torch.device("meta"):
-        return config, Transformer(config, Shard())
+        return config, Transformer(config, shard or Shard())
 
 
 def own_bytes() -> int:
@@ -68,9 +72,10 @@ def own_bytes() -> int:
     return next(int(row.split()[1]) for row in rows if row.startswith("RssAnon:")) * 1024
 
 
-def measure(ckpt_dir: Path) -> dict[str, int]:
+def measure(name: str) -> dict[str, int]:
     gc.collect()  # or the model before this one would leave while this one comes
-    _, model = empty_model(ckpt_dir)
+    ckpt_dir = Path(name.removesuffix(AS_A_SHARE))
+    _, model = empty_model(ckpt_dir, Shard(3, 4, ep_size=2) if name.endswith(AS_A_SHARE) else None)
     before = peak = own_bytes()
     is_loaded = Event()
 
@@ -93,5 +98,5 @@ def measure(ckpt_dir: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    measure(Path(FIRST))  # what torch sets up at its first use is not ours to count
-    print(json.dumps({name: measure(Path(name)) for name in sys.argv[1:]}))
+    measure(FIRST)  # what torch sets up at its first use is not ours to count
+    print(json.dumps({name: measure(name) for name in sys.argv[1:]}))

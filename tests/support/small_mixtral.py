@@ -39,6 +39,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "experts": (6, 3),
         "vocab_size": 64,
     },
+    "eight_heads": {  # kv heads for eight ranks
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 16,
+        "n_kv_heads": 8,
+        "head_dim": 8,
+        "hidden_dim": 96,
+        "experts": (8, 2),
+        "vocab_size": 160,
+    },
     "windowed": {  # as Mistral 7B
         "dim": 32,
         "n_layers": 3,
@@ -128,7 +138,7 @@ def as_transformers(checkpoint: Path, folder: Path) -> Any:
     if "moe" in params:
         kind: Any = transformers.MixtralForCausalLM
         experts = {"num_local_experts": params["moe"]["num_experts"], "num_experts_per_tok": params["moe"]["num_experts_per_tok"]}
-        config = transformers.MixtralConfig(**sizes, **experts, rope_theta=1e6, sliding_window=None)
+        config = transformers.MixtralConfig(**sizes, **experts, rope_theta=params.get("rope_theta", 1e6), sliding_window=None)
     elif "sliding_window" in params:
         kind = transformers.MistralForCausalLM
         config = transformers.MistralConfig(**sizes, rope_theta=1e4, sliding_window=params["sliding_window"])

@@ -49,7 +49,7 @@ def run(
     scheduler = Scheduler(slots, BlockPool(blocks or engine.num_blocks), MAX_SEQ_LEN, prefill_chunk=chunk)
     queue, preempted = list(jobs), 0
     while queue or scheduler.running or scheduler.waiting:
-        while queue and (every == 0 or scheduler.step >= every * (len(jobs) - len(queue)) or not scheduler.running):
+        while queue and (every == 0 or scheduler.step >= every * (len(jobs) - len(queue)) or not (scheduler.running or scheduler.waiting)):
             scheduler.admit(queue.pop(0))
         before = list(scheduler.running)
         plan = scheduler.plan_step()

@@ -78,6 +78,8 @@ def _end_with(work: Callable[[], int], rank: int) -> NoReturn:
         _refuse(refused, WRONG_SETTINGS)
     except startup.LinkRefused as refused:
         _refuse(refused, FAILED)
+    except startup.RankEnded:
+        _end(FAILED)
     except Exception:  # noqa: BLE001 - logged with its traceback, and this rank's end ends the others
         LOG.exception(line("rank_failed", rank=rank))
         _end(FAILED)

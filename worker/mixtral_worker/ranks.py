@@ -6,10 +6,14 @@ What a plan says is plan.py's; when to send one, heartbeats included, is the loo
 """
 
 import os
+import platform
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -20,6 +24,8 @@ from torch.distributed.rendezvous import rendezvous
 from mixtral_worker.plan import PlanCodec, StepPlan
 
 SMALL_MODEL_BYTES = 64 * 2**20
+BLAME_WITHIN_S = 1.0  # after a rank died, the others end at the latest so much later
+MEET_EVERY_S = 0.02
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for the others gives up; heartbeats come far more often
 
 MEET_TIMEOUT_S = 5.0
@@ -35,15 +41,35 @@ class Ranks:
     control: dist.ProcessGroup | None  # None with one rank
     # What the ranks tell one another without waiting:
     store: Store = field(default_factory=dist.HashStore)  # type: ignore[attr-defined]
-    ranks_on_host: int = 1
+    pids_on_host: dict[int, int] = field(default_factory=dict)  # rank → process, this one included
 
     @property
     def is_leader(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks_on_host(self) -> int:
+        return max(1, len(self.pids_on_host))
+
     def add(self, name: str, number: int) -> int:
         """Add to the sum of this name, which all ranks share; returns what it is now."""
         return int(self.store.add(name, number))
+
+    def others_gone(self) -> str:
+        """Call when something broke: the ranks that ended before this one, as "1" or "1, 2"; "" if none did, so far as can be known.
+
+        A rank sees only those of its own host; the first to see one tells all. So ranks of another host wait for that for a while.
+        """
+        gives_up_s = time.monotonic() + BLAME_WITHIN_S
+        while True:
+            try:
+                gone = ", ".join(str(rank) for rank, pid in self.pids_on_host.items() if not _is_running(pid))
+                told = self.store.compare_set("gone", "", gone).decode() if gone else _value(self.store, "gone")
+            except RuntimeError:  # the store went with the host of rank 0
+                told = gone
+            if told or time.monotonic() > gives_up_s:
+                return told
+            time.sleep(BLAME_WITHIN_S / 20)
 
     def share(self, plan: StepPlan | None, codec: PlanCodec) -> StepPlan:
         """Rank 0 gives a plan, the others give None and wait for it; all return it. Every rank needs an equal codec."""
@@ -78,16 +104,61 @@ def join(device: str = "auto") -> Iterator[Ranks]:
         yield Ranks(0, 1, here, None)
         return
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    store = next(rendezvous("env://", timeout=timeout))[0]
+    store = _meet(next(rendezvous("env://", timeout=timeout))[0], rank, world)
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=world, timeout=timeout)
     fairscale_groups.initialize_model_parallel(world)
     size = fairscale_groups.get_model_parallel_world_size()
     if size != world:  # fairscale clamps sizes without a word
         raise RuntimeError(f"the model-parallel group has {size} ranks; torchrun started {world}; they must be equal")
-    yield Ranks(rank, world, here, dist.new_group(backend="gloo", timeout=timeout), store, ranks_on_host)
+    yield Ranks(rank, world, here, dist.new_group(backend="gloo", timeout=timeout), store, _pids_on_host(store, rank, world))
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _meet(store: Store, rank: int, world: int) -> Store:
+    """The part of torchrun's store that is this meeting's own.
+
+    The store outlives a restart, and in it stands where ranks that are gone listened. Nothing that torchrun tells is new with each restart
+    and the same on all hosts: TORCHELASTIC_RESTART_COUNT counts each host's own failures.
+    """
+    mine = uuid.uuid4().hex  # rank 0's names the meeting, the others' are asked under
+    if rank:
+        store.set(f"asked by {rank}", mine)
+        meeting = store.get(mine).decode()  # waits for the answer
+        store.set(f"{meeting} joined by {rank}", "")
+        return PrefixStore(meeting, store)
+    gives_up_s = time.monotonic() + COLLECTIVE_TIMEOUT_S
+    while missing := [other for other in range(1, world) if not store.check([f"{mine} joined by {other}"])]:
+        if time.monotonic() > gives_up_s:
+            raise RuntimeError(f"ranks {missing} did not come within {COLLECTIVE_TIMEOUT_S} s; their own logs say why")
+        for asking in filter(None, (_value(store, f"asked by {other}") for other in missing)):
+            store.set(asking, mine)
+        time.sleep(MEET_EVERY_S)
+    return PrefixStore(mine, store)
+
+
+def _pids_on_host(store: Store, rank: int, world: int) -> dict[int, int]:
+    host = platform.node()
+    store.set(f"process {rank}", f"{os.getpid()}@{host}")
+    told = (store.get(f"process {other}").decode().partition("@") for other in range(world))
+    return {other: int(pid) for other, (pid, _, its_host) in enumerate(told) if its_host == host}
+
+
+def _is_running(pid: int) -> bool:
+    """A process that has ended but that torchrun has not yet asked for is not running."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # not Linux
+        return True
+    return state not in "ZX"
+
+
+def _value(store: Store, name: str) -> str:
+    return store.get(name).decode() if store.check([name]) else ""
 
 
 def set_threads(ranks_on_host: int) -> None:

@@ -40,6 +40,10 @@ from mixtral_worker.watchdog import Signals, Watchdog
 REFUSALS = (SettingsRefused, ModelError, TokenizerError, PromptRefused)
 
 
+class RankEnded(Exception):
+    """This rank broke, or lost another. The log says so already."""
+
+
 def run(settings: Settings, signals: Signals) -> int:
     """Work as this rank until there is an orderly end; returns the exit code. Raises one of REFUSALS, LinkRefused, or what broke."""
     config = read_config(settings)
@@ -55,14 +59,23 @@ def run(settings: Settings, signals: Signals) -> int:
         watchdog = Watchdog(here.rank, settings.step_timeout_s)
         watchdog.start()
         signals.serve(watchdog)
-        if not here.is_leader:
-            run_follower(engine, here, codec, watchdog)
-            return 0
-        scheduler = Scheduler(max_slots, BlockPool(engine.num_blocks), max_seq_len)
-        reads = bandwidth.bytes_per_s(here.device, here.world, here.world // here.ranks_on_host)
-        account = Account(config, loading.PRECISIONS[engine.cache.store.dtype], reads)
-        batch, crew = Batch(scheduler, tokenizer, prompt_format), Crew(engine, here, codec, watchdog, account)
-        return _serve(settings, signals, batch, crew, engine) if settings.api_server else _chat(settings, signals, batch, crew)
+        try:
+            if not here.is_leader:
+                run_follower(engine, here, codec, watchdog)
+                return 0
+            scheduler = Scheduler(max_slots, BlockPool(engine.num_blocks), max_seq_len)
+            reads = bandwidth.bytes_per_s(here.device, here.world, here.world // here.ranks_on_host)
+            account = Account(config, loading.PRECISIONS[engine.cache.store.dtype], reads)
+            batch, crew = Batch(scheduler, tokenizer, prompt_format), Crew(engine, here, codec, watchdog, account)
+            return _serve(settings, signals, batch, crew, engine) if settings.api_server else _chat(settings, signals, batch, crew)
+        except LinkRefused:
+            raise
+        except Exception as error:
+            if gone := here.others_gone():
+                LOG.error(line("rank_lost", lost=gone, step=watchdog.step, then="ending", reason=str(error).partition("\n")[0]))
+            else:
+                LOG.exception(line("rank_failed", rank=here.rank, step=watchdog.step))
+            raise RankEnded from error
 
 
 def _serve(settings: Settings, signals: Signals, batch: Batch, crew: Crew, engine: Engine) -> int:

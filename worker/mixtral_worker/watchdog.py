@@ -24,21 +24,21 @@ class Watchdog:
     def __init__(self, rank: int, limit_s: float) -> None:
         self.limit_s = limit_s
         self._rank = rank
-        self._step = 0
+        self.step = 0
         self._moved_s = time.monotonic()
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
-        self._step, self._moved_s = step, time.monotonic()
+        self.step, self._moved_s = step, time.monotonic()
 
     def _watch(self) -> None:
         while True:
             time.sleep(CHECK_EVERY_S)
             still_s = time.monotonic() - self._moved_s
             if still_s > self.limit_s:
-                LOG.critical(line("step_hung", rank=self._rank, after_step=self._step, for_s=still_s, limit_s=self.limit_s, then="ending"))
+                LOG.critical(line("step_hung", rank=self._rank, after_step=self.step, for_s=still_s, limit_s=self.limit_s, then="ending"))
                 os._exit(1)
 
 

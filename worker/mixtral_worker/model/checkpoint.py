@@ -115,7 +115,9 @@ def _located(model: Transformer, ckpt_dir: Path, wanted: list[Part], shapes: Map
         location = layout(name)
         shape = location.stored_shape(whole, config.n_experts)
         if location.name not in stored:
-            raise ModelError(f"{ckpt_dir} lacks the tensor {location.name} {shape}; {len(stored)} tensors found; is a file missing?")
+            where = {path for tensor in stored.values() for path in tensor.paths}
+            files_there = str(where.pop()) if len(where) == 1 else f"{ckpt_dir}, in {len(where)} files,"
+            raise ModelError(f"{files_there} lacks the tensor {location.name} {shape}; {len(stored)} tensors found; is a file missing?")
         sources[name] = Source(stored[location.name], location, shape)
     _require_place_for_all(stored, {source.location.name for source in sources.values()})
     splits = {name: source.stored.split_dim(source.shape) for name, source in sources.items()}

@@ -121,7 +121,7 @@ def _open_safetensors(paths: Iterable[Path], device: torch.device) -> dict[str, 
         try:
             file: Any = safe_open(path, framework="pt", device=str(device))
         except SafetensorError as error:
-            raise _unreadable(path, "safetensors", error) from error
+            raise _cut_off(path) or _unreadable(path, "safetensors", error) from error
         for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
             if name in stored:
                 raise ModelError(f"the tensor {name} stands in both {stored[name].paths[0]} and {path}; keep one of the files")
@@ -152,6 +152,25 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ModelError(f"{path} holds {type(tensors).__name__} instead of tensors by name; give ckpt_dir a checkpoint as it was released")
     return tensors
+
+
+def _cut_off(path: Path) -> ModelError | None:
+    """What to say of a safetensors file that ends before the tensors of its header do; None if that is not what is wrong."""
+    found_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        try:
+            header: dict[str, Any] = json.loads(file.read(min(header_bytes, found_bytes)))
+            begin = 8 + header_bytes
+            ends = {name: begin + int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None
+    expected_bytes = max(ends.values(), default=0)
+    if expected_bytes <= found_bytes:
+        return None
+    _, tensor = min((end, name) for name, end in ends.items() if end > found_bytes)
+    sizes = f"{expected_bytes:,} bytes expected, {found_bytes:,} bytes found"
+    return ModelError(f"{path} is cut off in the tensor {tensor}: {sizes}; fetch the file again")
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> ModelError:
