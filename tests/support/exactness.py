@@ -98,6 +98,13 @@ def load(checkpoint: Path, ep_size: int = 1) -> Engine:
     return Engine.load(checkpoint, ep_size=ep_size, max_slots=SLOTS, max_seq_len=MAX_SEQ_LEN)
 
 
+def load_without_compiled_pass(checkpoint: Path) -> Engine:
+    """The model's own modules compute every step, as they do on GPUs and where no compiler is found."""
+    engine = load(checkpoint)
+    engine.fast = None
+    return engine
+
+
 def margin(engine: Engine, job: Job, answer: Sequence[int], offset: int) -> float:
     """By how much the best score wins over the second at an offset of an answer, the whole context computed anew."""
     ids = (*job.prompt_ids, *answer[: offset - 1])

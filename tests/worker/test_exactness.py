@@ -155,6 +155,17 @@ def test_tokens_are_those_of_the_job_alone(way: Way, model_name: str, models: di
     matrix.compare(way.name, model, found)
 
 
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[-1]], ids=lambda way: way.name)
+def test_tokens_of_the_models_own_modules_are_those_of_the_compiled_pass(
+    way: Way, model_name: str, models: dict[str, Model], matrix: Matrix
+) -> None:
+    model = models[model_name]
+    engine = exactness.load_without_compiled_pass(model.checkpoint)
+    found, _ = exactness.run(way, model.jobs, engine.num_blocks, engine.step, model.alone)
+    matrix.compare(f"no compiled pass, {way.name}", model, found)
+
+
 @pytest.mark.timeout(1.5 * TORCHRUN_DEADLINE_S)
 @pytest.mark.parametrize(("ranks", "model_name", "ep_size"), LAYOUTS, ids=str)
 def test_tokens_on_every_layout_are_those_of_one_rank(

@@ -1,4 +1,4 @@
-"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity, export and perplexity.
+"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity, export, flips and perplexity.
 
 Decides who speaks (help: rank 0; logs: rank 0; errors: the first rank of a host) and with which code a rank ends: 0 after an orderly stop,
 2 for settings or a checkpoint that cannot work, 1 for everything else. Imports torch only once the settings hold.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mixtral_worker.settings import SettingsRefused, parse
+from mixtral_worker.settings import Settings, SettingsRefused, parse
 from mixtral_worker.telemetry import LOG, line
 from mixtral_worker.watchdog import Signals
 
@@ -34,10 +34,13 @@ def main() -> None:
         sys.exit(0)
     if argv[:1] == ["perplexity"]:
         _perplexity(rank, argv[1:])
+    measures_flips = argv[:1] == ["flips"]
     try:
-        settings = parse(argv, os.environ)
+        settings = parse(argv[1:] if measures_flips else argv, os.environ)
     except SettingsRefused as refused:
         _refuse(refused, WRONG_SETTINGS)
+    if measures_flips:
+        _flips(rank, settings)
     signals = Signals()  # before torch, whose threads must block the signals too
     _log_to_stderr(settings.log_level.upper() if rank == 0 else "ERROR", rank)
     LOG.info(line("starting", ckpt_dir=settings.ckpt_dir, ranks=os.environ.get("WORLD_SIZE", "1"), pid=os.getpid()))
@@ -60,6 +63,14 @@ def _perplexity(rank: int, argv: Sequence[str]) -> NoReturn:
     from mixtral_worker import perplexity_report
 
     _end_with(lambda: perplexity_report.run(asked), rank)
+
+
+def _flips(rank: int, settings: Settings) -> NoReturn:
+    _log_to_stderr("WARNING" if rank == 0 else "ERROR", rank)
+    _let_threads_sleep()
+    from mixtral_worker import flips
+
+    _end_with(lambda: flips.run(settings), rank)
 
 
 def _let_threads_sleep() -> None:
