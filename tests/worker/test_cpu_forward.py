@@ -1,6 +1,7 @@
 """The compiled forward pass computes what the model's modules compute, and every token's logits are its own."""
 
 import logging
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +133,11 @@ def test_a_source_is_compiled_once_and_anew_when_it_changes(tmp_path: Path, monk
         made.append(sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "mixtral_worker").iterdir()))
     assert made[0] == made[1]
     assert len(made[2]) == 2
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"] if platform.machine() == "x86_64" else ["armv8-a"])
+def test_processors_that_can_do_less_get_the_same_logits(processor: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = steps(load(checkpoint))
+    monkeypatch.setattr(build, "FLAGS", tuple(f"-march={processor}" if "march" in flag else flag for flag in build.FLAGS))
+    torch.testing.assert_close(steps(load(checkpoint)), expected, rtol=1e-4, atol=1e-4)
+    assert steps(load(checkpoint, torch.bfloat16)).isfinite().all()

@@ -34,6 +34,8 @@ def main() -> None:
         sys.exit(0)
     if argv[:1] == ["perplexity"]:
         _perplexity(rank, argv[1:])
+    if argv[:1] == ["bench"]:
+        _bench(rank, argv[1:])
     measures_flips = argv[:1] == ["flips"]
     try:
         settings = parse(argv[1:] if measures_flips else argv, os.environ)
@@ -71,6 +73,19 @@ def _flips(rank: int, settings: Settings) -> NoReturn:
     from mixtral_worker import flips
 
     _end_with(lambda: flips.run(settings), rank)
+
+
+def _bench(rank: int, argv: Sequence[str]) -> NoReturn:
+    from mixtral_worker import bench_cli
+
+    try:
+        asked = bench_cli.parse(argv, int(os.environ.get("WORLD_SIZE", "1")))
+    except SettingsRefused as refused:
+        _refuse(refused, WRONG_SETTINGS)
+    _log_to_stderr("WARNING", rank)
+    from mixtral_worker import bench
+
+    _end_with(lambda: bench.run(asked), rank)
 
 
 def _let_threads_sleep() -> None:

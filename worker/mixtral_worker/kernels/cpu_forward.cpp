@@ -119,7 +119,7 @@ inline Floats exponential(Floats x) {
     return y * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
 // ---- the one product: ROWS rows of weights with M rows of tokens, each pair a dot product of `size` numbers
 
@@ -293,11 +293,19 @@ class Forward {
                 rows[2] = rows[0] + size_t(m.hidden) * m.dim, rows[3] = rows[1] + size_t(m.hidden) * m.dim;
             };
             auto rows = row_pointers(to - from, [&](int i) { return normed + size_t(order[from + i] / m.experts_per_token) * m.dim; });
+            static thread_local std::vector<float> both;  // [pairs, 2, many] gated and linear, before they meet
+            both.resize(size_t(to - from) * 2 * many);
             product<W>(begin, end, 2, place, rows, to - from, m.dim, [&](int i, int f, const float *v) {
-                W *out = active + size_t(from + i) * m.hidden + f;
-                narrow(silu(v[0]) * v[2], out[0]);
-                if (f + 1 < m.hidden) narrow(silu(v[1]) * v[3], out[1]);
+                float *out = both.data() + size_t(i) * 2 * many + (f - begin);
+                out[0] = v[0], out[1] = v[1], out[many] = v[2], out[many + 1] = v[3];
             });
+            for (int i = 0; i < to - from; i++)
+                for (int f = begin; f < end; f += LANES) {
+                    const float *in = both.data() + size_t(i) * 2 * many + (f - begin);
+                    Floats met = silu(load(in)) * load(in + many);
+                    for (int lane = 0; lane < std::min(LANES, end - f); lane++)
+                        narrow(met[lane], active[size_t(from + i) * m.hidden + f + lane]);
+                }
         });
         // Each task owns some columns of the result and adds every expert's share to them, so nobody waits for anybody's sum.
         const int few = rows_at_once(s.tokens) / 2;
@@ -475,9 +483,14 @@ class Forward {
 
     // Scores to e^(score - best), in place; returns their sum.
     static float soften(float *scores, int count, int padded) {
-        float best = scores[0];
-        for (int p = 1; p < count; p++) best = std::max(best, scores[p]);
         for (int p = count; p < padded; p++) scores[p] = -std::numeric_limits<float>::infinity();  // adds 1e-38 to a sum of at least 1
+        Floats bests = load(scores);
+        for (int p = LANES; p < padded; p += LANES) {
+            Floats some = load(scores + p);
+            bests = some > bests ? some : bests;
+        }
+        float best = bests[0];
+        for (int i = 1; i < LANES; i++) best = std::max(best, bests[i]);
         Floats totals = {};
         for (int p = 0; p < padded; p += LANES) {
             Floats e = exponential(load(scores + p) - best);

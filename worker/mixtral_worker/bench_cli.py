@@ -1,0 +1,84 @@
+"""`torchrun worker bench`: flags → what is to be measured. Decides what may be asked, and refuses in one sentence. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from mixtral_worker.settings import SettingsRefused
+
+SHAPES = ("demo", "large")
+OURS = "mixtral-chat"
+PEERS = {"transformers": "transformers", "transformers-continuous": "transformers", "llama.cpp": "llama_cpp"}  # → the package it needs
+
+DESCRIPTION = """\
+Measure this engine beside its peers on this machine's CPU: the same weights, threads and chats, in turns, in one run.
+
+  torchrun --nproc_per_node 1 worker bench                                   both shapes, every peer that is installed
+  torchrun --nproc_per_node 1 worker bench --shapes demo --rounds 7 --json demo.json
+  torchrun --nproc_per_node 1 worker bench --peers llama.cpp --threads 8
+
+Peers come with `pip install 'mixtral-chat[peers]'`. The shapes: demo, the shipped model in float32, which fits a processor's cache; and
+large, 625 M random parameters in bfloat16 (1.25 GB), which does not.
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    shapes: tuple[str, ...]
+    peers: tuple[str, ...]
+    threads: int
+    rounds: int
+    seed: int
+    json: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsRefused(f"{message}; see --help")
+
+
+def parse(argv: Sequence[str], ranks: int) -> Asked:
+    """Raises SettingsRefused with one sentence; --help prints and exits."""
+    flags = _Parser(
+        prog="torchrun --nproc_per_node 1 worker bench",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flags.add_argument("--shapes", default=",".join(SHAPES), metavar="A,B", help="of demo and large (default: both)")
+    flags.add_argument("--peers", metavar="A,B", help=f"of {', '.join(PEERS)} (default: those that are installed)")
+    flags.add_argument("--threads", type=int, default=_processors(), metavar="N", help="for everyone (default: the processors)")
+    flags.add_argument("--rounds", type=int, default=5, metavar="N", help="the figures are medians over them (default: 5)")
+    flags.add_argument("--seed", type=int, default=0, metavar="N", help="of the chats (default: 0)")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    given = flags.parse_args(argv)
+    if ranks != 1:
+        raise SettingsRefused(f"bench compares one process with its peers; torchrun started {ranks} ranks; run with --nproc_per_node 1")
+    for name in ("threads", "rounds"):
+        if not 1 <= getattr(given, name) <= 1024:
+            raise SettingsRefused(f"--{name} must be from 1 to 1024; given {getattr(given, name)}")
+    if given.json is not None and not given.json.absolute().parent.is_dir():
+        raise SettingsRefused(f"--json {given.json} cannot be written: {given.json.absolute().parent} is no folder")
+    found = tuple(peer for peer, package in PEERS.items() if importlib.util.find_spec(package))
+    peers = _chosen("peers", given.peers, tuple(PEERS)) if given.peers else found
+    if missing := [peer for peer in peers if peer not in found]:
+        raise SettingsRefused(f"--peers {missing[0]} is not installed; pip install 'mixtral-chat[peers]', or leave it out")
+    return Asked(_chosen("shapes", given.shapes, SHAPES), peers, given.threads, given.rounds, given.seed, given.json)
+
+
+def _chosen(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise SettingsRefused(f"--{flag} {name!r} is none of {', '.join(known)}")
+    return names
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
