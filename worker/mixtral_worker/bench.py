@@ -45,8 +45,8 @@ class Shape:
 
 
 SHAPES = {
-    "demo": Shape(str(DEMO_CKPT_DIR), "float32", {1: 192, 8: 128, 32: 96}, 256),
-    "large": Shape(LARGE, "bfloat16", {1: 20, 8: 12, 32: 8}, 24),
+    "demo": Shape(str(DEMO_CKPT_DIR), "float32", {1: 128, 8: 64, 32: 40}, 160),
+    "large": Shape(LARGE, "bfloat16", {1: 16, 8: 8, 32: 6}, 16),
 }
 
 
