@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ import torch
 from mixtral_worker import bench_report, export
 from mixtral_worker.bench_cli import OURS, Asked
 from mixtral_worker.bench_peers import GGUF, HUGGINGFACE, Answers, Chat
+from mixtral_worker.bench_report import Check, Result
 from mixtral_worker.demo import DEMO_CKPT_DIR
 from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.settings import RANDOM
@@ -48,24 +49,6 @@ SHAPES = {
     "demo": Shape(str(DEMO_CKPT_DIR), "float32", {1: 128, 8: 64, 32: 40}, 160),
     "large": Shape(LARGE, "bfloat16", {1: 16, 8: 8, 32: 6}, 16),
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """How a peer's answers compare with this engine's."""
-
-    tokens: int  # compared, up to each chat's first difference
-    differences: list[dict[str, Any]]  # chat, offset, and by how much this engine's token won there
-
-
-@dataclass
-class Result:
-    """One shape's figures: measure → who → one number per round. Tokens per second, but seconds for ttft."""
-
-    dtype: str
-    figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    outside: dict[str, list[float]] = field(default_factory=dict)  # of this engine's time, the share outside the forward pass
-    checks: dict[str, Check] = field(default_factory=dict)
 
 
 def run(asked: Asked) -> int:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from mixtral_worker.bench_cli import OURS, Asked
-
-if TYPE_CHECKING:
-    from mixtral_worker.bench import Result
 
 TABLE_WIDTH = 180
 TITLES = {
@@ -41,6 +39,24 @@ GOALS = {
 MOST_OUTSIDE = {"large": 0.05}
 PACKAGES = ("torch", "transformers", "llama_cpp_python")
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a peer's answers compare with this engine's."""
+
+    tokens: int  # compared, up to each chat's first difference
+    differences: list[dict[str, Any]]  # chat, offset, and by how much this engine's token won there
+
+
+@dataclass
+class Result:
+    """One shape's figures: measure → who → one number per round. Tokens per second, but seconds for ttft."""
+
+    dtype: str
+    figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    outside: dict[str, list[float]] = field(default_factory=dict)  # of this engine's time, the share outside the forward pass
+    checks: dict[str, Check] = field(default_factory=dict)
 
 
 def show(name: str, result: Result) -> None:

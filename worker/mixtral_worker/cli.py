@@ -1,4 +1,4 @@
-"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands capacity, export, flips and perplexity.
+"""Entry of `torchrun worker`: flags → Settings → startup, or one of the sub-commands bench, capacity, export, flips and perplexity.
 
 Decides who speaks (help: rank 0; logs: rank 0; errors: the first rank of a host) and with which code a rank ends: 0 after an orderly stop,
 2 for settings or a checkpoint that cannot work, 1 for everything else. Imports torch only once the settings hold.
