@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 
-from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest
+from mixtral_client.protocol import PROTOCOL_VERSION, JobSpec, SessionRequest, WorkerJob
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.link import Link, LinkRefused
 from mixtral_worker.loop import Batch, Crew, run_leader
@@ -368,6 +368,18 @@ async def test_a_cancelled_job_frees_its_slot_for_the_next(worker: TinyWorker) -
         await server.finished(following)
         assert len(endless.ids) < MAX_SEQ_LEN // 2
         assert_as_alone(worker, following)
+
+
+def test_the_priority_that_a_job_travels_with_decides_who_keeps_the_slot(worker: TinyWorker) -> None:
+    batch = Batch(worker.scheduler(max_slots=1), worker.tokenizer, "instruct")
+    for name, priority in (("low", 3), ("high", 1), ("last", 2)):
+        spec = JobSpec(prompt="Once", max_tokens=9, seed=1)
+        assert batch.take(WorkerJob(id=name, attempt=1, spec=spec, priority=priority)) == []
+        plan = batch.plan_step()
+        assert plan
+        batch.record(plan, worker.engine.step(plan))
+    assert [one.job_id for one in batch.scheduler.running] == ["high"]
+    assert [one.job_id for one in batch.scheduler.waiting] == ["last", "low"]
 
 
 async def test_a_job_that_was_complete_when_its_worker_died_only_gets_its_end(worker: TinyWorker) -> None:

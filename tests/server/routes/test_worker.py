@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -66,6 +68,57 @@ async def test_idle_turn_without_work_is_answered_empty_after_worker_poll_s(empt
             answer = await turn(http, headers, session=session, turn=1, room=4)
     assert time.monotonic() - began >= 0.1
     assert (answer.jobs, answer.drops, answer.drain) == ([], [], False)
+
+
+async def test_parked_turns_of_two_replicas_leave_jobs_alone_until_a_batch_is_full(empty_redis: str, tmp_path: Path) -> None:
+    """Two workers that take whole batches wait at a server each: the job that fills a batch sends all of it to one of them."""
+    endpoint = EndpointConfig(name="mixtral_chat", batch_wait_ms=60_000)
+    async with AsyncExitStack() as stack:
+        replicas = [await parked(stack, made(tmp_path / name), empty_redis, endpoint) for name in ("a", "b")]
+        first = replicas[0][0]
+        jobs = [await put(first) for _ in range(3)]
+        assert not any(waiting.done() for _, _, waiting in replicas)
+        jobs.append(await put(first))
+        done, still = await asyncio.wait([waiting for _, _, waiting in replicas], return_when=asyncio.FIRST_COMPLETED)
+        assert [[job.id for job in one.result().jobs] for one in done] == [jobs]
+        for one in still:
+            one.cancel()
+
+
+async def test_a_batch_that_stays_small_goes_when_its_linger_ends_and_not_when_the_turn_would_ask_anyway(
+    empty_redis: str, tmp_path: Path
+) -> None:
+    endpoint = EndpointConfig(name="mixtral_chat", batch_wait_ms=500)
+    async with AsyncExitStack() as stack:
+        http, _, waiting = await parked(stack, tmp_path, empty_redis, endpoint)
+        job = await put(http)
+        async with asyncio.timeout(3 * 0.5 + 2):  # less than the 5 s after which it claims anew
+            assert [one.id for one in (await waiting).jobs] == [job]
+
+
+async def parked(
+    stack: AsyncExitStack, folder: Path, redis_url: str, endpoint: EndpointConfig
+) -> tuple[aiohttp.ClientSession, dict[str, str], asyncio.Task[TurnAnswer]]:
+    """A server of its own with one worker that takes batches of 4, whose turn waits there."""
+    server = stack.enter_context(LiveServer(folder, redis_url, endpoint))
+    headers = {"Authorization": f"Bearer {server.worker_key}"}
+    http = await stack.enter_async_context(server.http())
+    session = await login(http, headers, static_batch=4)
+    waiting = asyncio.create_task(turn(http, headers, session=session, turn=1, room=4))
+    async with http.get("/readyz?workers=1") as ready:  # the turn is on its way once this was answered
+        assert ready.status == 200
+    return http, headers, waiting
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+async def put(http: aiohttp.ClientSession) -> str:
+    async with http.post("/v1/jobs", json=CHAT) as answer:
+        assert answer.status == 202, await answer.text()
+        return str((await answer.json())["id"])
 
 
 async def test_waiting_turn_renews_the_lease(empty_redis: str, tmp_path: Any) -> None:
