@@ -58,6 +58,9 @@ bench: $(DONE)/run  ## 64 chats, 16 at once, against a demo started for it
 side-by-side: $(DONE)/peers  ## our whole stack, transformers serve and llama.cpp's server on the same weights (FLAGS="--rounds 1")
 	@$(PY) -m benchmark side_by_side $(FLAGS)
 
+bench-server: $(DONE)/run  ## what one server process does per CPU second, by streams, jobs, depth and memory (Linux)
+	@$(PY) -m mixtral_server.bench
+
 clean:  ## remove .venv and caches; data/ (keys, chats) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 

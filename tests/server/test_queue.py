@@ -1009,3 +1009,20 @@ async def test_jobs_of_many_clients_and_workers_at_once_are_each_leased_and_fini
     await asyncio.gather(*(work(f"worker{number}") for number in range(4)))
     assert leases == collections.Counter({(job, 1): 1 for job in jobs})
     assert (await bench.queue.depth(ENDPOINT)).ended["done"] == 100
+
+
+async def test_a_turn_is_one_round_trip_however_many_frames_it_has(bench: Bench) -> None:
+    worker = await bench.worker()
+    ended = [await bench.put() for _ in range(3)]
+    jobs = await worker.take(3)
+    waiting = [await bench.put() for _ in range(2)]
+    async with bench.redis.monitor() as monitor:
+        answer = await worker.turn(*(frame(job, 1, "ab", finish="stop") for job in jobs), room=2)
+        await bench.redis.echo("over")
+        asked = []
+        while (seen := await monitor.next_command())["command"] != "ECHO over":
+            if seen["client_type"] != "lua":
+                asked.append(seen["command"].split()[0])
+    assert asked == ["EVALSHA"]
+    assert [job.id for job in answer.jobs] == waiting
+    assert [await bench.state(job) for job in ended] == ["done"] * 3

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mixtral_client.protocol import DoneEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent, Usage
+from mixtral_client.protocol import DoneEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent, Usage, event_id
 from mixtral_client.sse import SseDecoder
 from mixtral_server import sse
 
@@ -33,3 +35,14 @@ def test_event_without_id_leaves_the_readers_last_id_alone() -> None:
 
 def test_comment_and_retry_make_no_event() -> None:
     assert list(SseDecoder().feed(sse.PING + sse.retry(1000))) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**31), st.integers(0, 2**32 - 1), st.text()), max_size=5), st.text())
+def test_a_tokens_event_made_from_a_pattern_is_what_is_made_one_by_one(rows: list[tuple[int, int, str]], name: str) -> None:
+    def body(text: str) -> dict[str, object]:
+        return {"id": name.replace(sse.HOLE, ""), "choices": [{"delta": {"content": text}, "logprobs": None}], "share": "100 %d"}
+
+    one_by_one = b"".join(sse.chunk(body(text), event_id(offset, crc)) for offset, crc, text in rows)
+    assert sse.token_events(sse.token_pattern(body(sse.HOLE)), rows) == one_by_one
+    natively = b"".join(sse.encode(TokenEvent(offset=offset, text=text), event_id(offset, crc)) for offset, crc, text in rows)
+    assert sse.native_token_events(rows) == natively

@@ -88,6 +88,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+def per(count: int, cpu_s: float) -> int | None:
+    """None for a run so short that the kernel's clock, which ticks every 10 ms, saw no CPU time."""
+    return round(count / cpu_s) if cpu_s else None
+
+
 # ---------------------------------------------------------------------------------------------- tokens
 
 
@@ -103,8 +108,8 @@ async def tokens(say: Say, *, streams: int, tokens_per_frame: int, job_tokens: i
         "wire": wire,
         "tokens_per_frame": tokens_per_frame,
         "tokens": run.read.tokens,
-        "tokens_per_server_cpu_s": round(run.read.tokens / run.server_cpu_s),
-        "tokens_per_redis_cpu_s": round(run.read.tokens / run.redis_cpu_s),
+        "tokens_per_server_cpu_s": per(run.read.tokens, run.server_cpu_s),
+        "tokens_per_redis_cpu_s": per(run.read.tokens, run.redis_cpu_s),
         "tokens_per_s": round(run.read.tokens / run.read.seconds),
         "bytes_per_token": round(run.read.bytes / run.read.tokens),
         "reads_per_token": round(run.read.reads / run.read.tokens, 3),
@@ -186,8 +191,8 @@ async def jobs(say: Say, *, callers: int, batch: int, calls: int) -> Row:
         "batch": batch,
         "calls": called.calls,
         "jobs_per_s": round(called.calls / called.seconds),
-        "jobs_per_server_cpu_s": round(called.calls / took.server),
-        "jobs_per_redis_cpu_s": round(called.calls / took.redis),
+        "jobs_per_server_cpu_s": per(called.calls, took.server),
+        "jobs_per_redis_cpu_s": per(called.calls, took.redis),
         "jobs_per_turn": round(called.calls / worked.turns, 1),
         "p50_ms": round(statistics.median(called.latencies_ms), 1),
         "p99_ms": round(percentile(called.latencies_ms, 0.99), 1),

@@ -1,0 +1,66 @@
+"""The server's benchmark runs, counts what readers got, and says so in one JSON line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_server.bench.load import answer_size
+from mixtral_server.bench.measures import percentile
+
+LIMIT_S = 100.0
+
+
+def bench(*flags: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mixtral_server.bench", *flags], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def test_every_token_and_every_call_is_counted_where_it_arrived(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    figures = bench("tokens", "jobs", "--streams", "3", "--tokens", "5", "--calls", "10", "--callers", "4", "--json_file", str(path))
+    assert json.loads(path.read_text()) == figures
+    runs = [(row["wire"], row["tokens_per_frame"], row["tokens"]) for row in figures["tokens"]]
+    assert runs == [("openai", 1, 15), ("native", 1, 15), ("openai", 8, 120), ("native", 8, 120)]
+    assert figures["jobs"][0]["calls"] == 10
+    assert figures["flags"]["streams"] == 3
+    assert figures["versions"]["redis"]
+
+
+def test_latency_depth_and_memory_have_figures() -> None:
+    flags = ("--streams", "2", "--turns_per_s", "50", "--seconds", "0.2", "--most_waiting", "1000", "--chats", "3", "--readers", "10")
+    figures = bench("latency", "depth", "finished", "idle", *flags)
+    assert [row["tokens"] for row in figures["latency"]] == [10, 10, 20, 20]
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"] + 0.05 for row in figures["latency"])
+    [row] = figures["depth"]
+    assert row["waiting"] == 1000
+    assert all(row[f"{step}_p50_us"] > 0 for step in ("put", "position", "claim", "cancel"))
+    assert all(row["redis_bytes_per_finished_chat"] > 1000 for row in figures["finished"])
+    assert figures["idle"][0]["readers"] == 10
+
+
+def test_a_wrong_flag_ends_with_usage() -> None:
+    done = subprocess.run([sys.executable, "-m", "mixtral_server.bench", "speed"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "invalid choice: 'speed'" in done.stderr
+
+
+def test_percentiles_are_linear_between_neighbours() -> None:
+    assert percentile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
+    assert percentile([1.0, 2.0], 0.99) == pytest.approx(1.99)
+    assert percentile([7.0], 0.99) == 7.0
+
+
+def test_an_answer_is_whole_with_its_last_byte() -> None:
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+    assert [answer_size(whole[:cut]) for cut in (0, 20, len(whole) - 4)] == [None, None, None]
+    assert answer_size(whole[:-3]) == answer_size(whole) == len(whole)
