@@ -34,21 +34,20 @@ CPU seconds are those of the server process alone, kernel work on its behalf inc
 
 def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
-    began = time.time()
+    began = circumstances(flags)
     figures: dict[str, list[Row]] = {}
     try:
         for name in flags.measure or MEASURES:
             figures[name] = asyncio.run(MEASURES[name](flags))
             _show(name, figures[name])
+            if flags.json_file:  # after each: what was measured outlives a run that is cut short
+                Path(flags.json_file).write_text(json.dumps(began | figures) + "\n", encoding="utf-8")
     except BenchFailed as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    line = json.dumps(circumstances(began, flags) | figures)
-    if flags.json_file:
-        Path(flags.json_file).write_text(line + "\n", encoding="utf-8")
-    print(line)
+    print(json.dumps(began | figures))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,10 +136,10 @@ def _show(name: str, rows: Sequence[Row]) -> None:
     print(flush=True)
 
 
-def circumstances(began: float, flags: argparse.Namespace) -> Row:
+def circumstances(flags: argparse.Namespace) -> Row:
     return {
         "format": FORMAT,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "git_commit": _commit(),
         "platform": {"system": platform.platform(), "cpu": _cpu_model(), "python": platform.python_version()},
         "versions": {name: _version(name) for name in LIBRARIES},
