@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import sys
@@ -32,9 +31,6 @@ from mixtral_server.supervisor import ProcessFailed, supervise
 log = logging.getLogger(__name__)
 
 MOST_A_MINUTE = 10**9
-
-GARBAGE_THRESHOLDS = (100_000, 50, 100)
-"""Requests and tokens make objects without cycles: to look for cycles at every 700, Python's default, takes a tenth of the time."""
 
 ABOUT = """\
 The server of Mixtral chat: takes chats over HTTP, queues them in Redis, hands them to workers, streams the answers.
@@ -63,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if flags.command is None:
             log_to_stderr(settings.log_level)
-            gc.set_threshold(*GARBAGE_THRESHOLDS)
             asyncio.run(_serve(settings, endpoints))
         else:
             _maintain(settings, endpoints, flags)
