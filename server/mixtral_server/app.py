@@ -30,6 +30,7 @@ from mixtral_server.door import connection_options, listen, open_door
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.history import History
 from mixtral_server.metrics import Metrics
+from mixtral_server.offences import Offences
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import Durability, open_redis
 from mixtral_server.relay import Relay
@@ -110,13 +111,15 @@ async def serve(
         relay = await stack.enter_async_context(Relay(redis, queue))
 
         group = await stack.enter_async_context(asyncio.TaskGroup())
+        metrics = Metrics()
         service = Service(
             settings=settings,
             endpoints=endpoints,
             queue=queue,
             relay=relay,
+            offences=Offences(redis, endpoints.keys(), settings.worker_offences, metrics),
             auth=Auth(ring, cookie_secret, settings, time.time),
-            metrics=Metrics(),
+            metrics=metrics,
             group=group,
             new_seed=lambda: secrets.randbits(63),
             now_s=time.time,

@@ -132,7 +132,11 @@ def shape_of(job: Remains) -> dict[str, Any]:
         "request": request,
         "max_tokens": spec.max_tokens,
         "stop": len(spec.stop),
-        "sampling": ", ".join(f"{name} {value:g}" for name, value in spec.sampling.model_dump().items()),
+        "sampling": ", ".join(
+            f"{name} {value if isinstance(value, bool | int | float) else f'of {len(value)}'}"
+            for name, value in spec.sampling.model_dump(exclude_none=True).items()
+            if isinstance(value, bool | int | float | dict | list)
+        ),
         "seed": spec.seed,
         "log": f"{len(job.ids):,} tokens, {len(job.text):,} characters",
         "last ids": list(job.ids[-10:]),

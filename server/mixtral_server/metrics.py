@@ -186,6 +186,7 @@ class Metrics:
         self.tokens_sent = Counter("mixtral_tokens_sent", "tokens sent to readers of this replica", ["wire"], registry=registry)
         self.jobs_put = Counter("mixtral_jobs_put", "jobs queued by this replica", ["endpoint"], registry=registry)
         self.readers_dropped = Counter("mixtral_readers_dropped", "readers cut off because they took nothing", registry=registry)
+        self.offences = Counter("mixtral_offences", "what only a broken or hostile worker sends", ["kind"], registry=registry)
         self.jobs_abandoned = Counter(
             "mixtral_jobs_abandoned", "jobs cancelled because the client of their call was gone", registry=registry
         )

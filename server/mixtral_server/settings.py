@@ -110,6 +110,9 @@ class Settings:
     ping_s: float = knob(12.0, "a stream with nothing to say sends a comment this often", unit="s", least=0.05, most=60)
     worker_poll_s: float = knob(25.0, "how long an idle worker's turn waits for work", unit="s", least=0, most=60)
     worker_claim_s: float = knob(5.0, "how often a waiting turn claims anew, which renews the lease", unit="s", least=0.05, most=5)
+    worker_offences: int = knob(
+        10, "with so many offences within ten minutes of each other a worker's session is cut; docs/operations.md", least=1, most=1_000_000
+    )
     ready_delay_s: float = knob(1.0, "after SIGTERM, how long /readyz says 503 before the port closes", unit="s", least=0, most=60)
     shutdown_grace_s: float = knob(20.0, "after SIGTERM, how long OpenAI calls may finish", unit="s", least=0, most=3600)
     history_days: int = knob(365, "how long finished jobs stay in the database; 0 keeps them for ever", unit="days", least=0, most=36_500)

@@ -26,6 +26,10 @@ MAX_STOP_CHARS = 256
 MAX_MESSAGES = 10_000
 MAX_STOP_TOKEN_IDS = 64
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+"""Of tokens, leases, slots: what a worker says of itself is never more."""
+MAX_TURN = 2**53
+"""The largest whole number that Lua and JavaScript count to."""
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
@@ -459,7 +463,7 @@ class SessionRequest(Wire):
     model: str = Field(max_length=200)
     device: str = Field(max_length=200)
     max_slots: int = Field(ge=1, le=100_000)
-    max_seq_len: int = Field(ge=1)
+    max_seq_len: int = Field(ge=1, le=MAX_COUNT)
     static_batch: int | None = Field(None, ge=1, description="it takes whole batches of at most so many jobs; null: any number at any time")
 
 
@@ -521,13 +525,13 @@ class Frame(Wire):
     """One job's new tokens in a turn. offset is that of ids[0]; texts has one entry per id, logprobs too where the job asked for them."""
 
     job: str = Field(max_length=200)
-    attempt: int
-    offset: int = Field(ge=1)
+    attempt: int = Field(ge=0, le=MAX_COUNT)
+    offset: int = Field(ge=1, le=MAX_COUNT)
     ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=list, max_length=65_536)
-    texts: list[str] = Field(default_factory=list)
-    logprobs: list[LogprobsText] | None = None
+    texts: list[str] = Field(default_factory=list, max_length=65_536)
+    logprobs: list[LogprobsText] | None = Field(None, max_length=65_536)
     finish: Literal["stop", "length"] | None = None
-    prompt_tokens: int | None = Field(None, ge=0, description="given with the job's first frame and with its last")
+    prompt_tokens: int | None = Field(None, ge=0, le=MAX_COUNT, description="given with the job's first frame and with its last")
     dropped_messages: int | None = Field(None, ge=0, description="with prompt_tokens, where truncate left messages out")
     error: FrameError | None = None
     release: bool = Field(False, description="hand the job back unfinished: another worker goes on with it")
@@ -547,14 +551,14 @@ class TurnRequest(Wire):
     """Body of POST /v1/worker/turn. turn counts 1, 2, …; a repeat of the last number gets the same answer."""
 
     session: str = Field(max_length=200)
-    turn: int = Field(ge=1)
-    holding: list[tuple[str, int]] = Field(
+    turn: int = Field(ge=1, le=MAX_TURN)
+    holding: list[tuple[Annotated[str, Field(max_length=200)], Annotated[int, Field(ge=0, le=MAX_COUNT)]]] = Field(
         default_factory=list,
         max_length=100_000,
         description="every (job, attempt) the worker has, finished but unacknowledged ones included",
     )
-    frames: list[Frame] = Field(default_factory=list)
-    room: int = Field(0, ge=0, description="how many more jobs the worker takes now")
+    frames: list[Frame] = Field(default_factory=list, max_length=100_000)
+    room: int = Field(0, ge=0, le=MAX_COUNT, description="how many more jobs the worker takes now")
     telemetry: dict[str, Any] = Field(default_factory=dict)
 
 

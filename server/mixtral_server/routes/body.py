@@ -22,8 +22,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_model(request: web.Request, kind: type[Body], *, limit_bytes: int, timeout_s: float) -> Body:
     """The body as kind. Raises WrongContentType, BodyTooLarge, BodyTooSlow, RequestRefused."""
-    check_head(request, limit_bytes)
-    raw = await _read(request, limit_bytes, timeout_s)
+    return model_of(await read_body(request, limit_bytes=limit_bytes, timeout_s=timeout_s), kind)
+
+
+def model_of(raw: bytes, kind: type[Body]) -> Body:
+    """Raises RequestRefused."""
     try:
         parsed = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -52,7 +55,9 @@ def too_large(limit_bytes: int, given: str) -> BodyTooLarge:
     return BodyTooLarge(f"the body may be {limit_bytes:,} bytes at most; this one has {given}; shorten it")
 
 
-async def _read(request: web.Request, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: web.Request, *, limit_bytes: int, timeout_s: float) -> bytes:
+    """Raises WrongContentType, BodyTooLarge, BodyTooSlow, RequestRefused."""
+    check_head(request, limit_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(timeout_s):

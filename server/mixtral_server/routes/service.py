@@ -29,6 +29,7 @@ from mixtral_server.errors import (
     Unavailable,
 )
 from mixtral_server.metrics import Metrics
+from mixtral_server.offences import Offences
 from mixtral_server.queue import JobQueue
 from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
@@ -64,6 +65,7 @@ class Service:
     endpoints: Mapping[str, EndpointConfig]
     queue: JobQueue
     relay: Relay
+    offences: Offences
     auth: Auth
     metrics: Metrics
     group: asyncio.TaskGroup

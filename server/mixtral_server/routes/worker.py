@@ -13,7 +13,7 @@ from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest, TurnAnswer
 from mixtral_server.auth import Caller
 from mixtral_server.errors import RequestRefused, SessionLapsed
 from mixtral_server.keys import shard_of
-from mixtral_server.routes.body import read_model
+from mixtral_server.routes.body import model_of, read_body, read_model
 from mixtral_server.routes.service import Route, Service
 
 OLDEST_PROTOCOL = 1
@@ -35,9 +35,12 @@ async def open_session(service: Service, request: web.Request, caller: Caller) -
 
 async def turn(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Answers at once when there is anything to report or to tell; else waits for work, claiming anew now and then."""
-    wanted = await read_model(
-        request, TurnRequest, limit_bytes=service.settings.worker_body_limit_bytes, timeout_s=service.settings.body_timeout_s
-    )
+    raw = await read_body(request, limit_bytes=service.settings.worker_body_limit_bytes, timeout_s=service.settings.body_timeout_s)
+    try:
+        wanted = model_of(raw, TurnRequest)
+    except RequestRefused:
+        await service.offences.unreadable(raw, key_of(caller))
+        raise
     shard = shard_of(wanted.session)
     if shard is None or shard.endpoint not in service.endpoints:
         raise SessionLapsed(f"there is no session {wanted.session[:100]!r}; log in anew")
@@ -46,6 +49,7 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
     while True:
         seen = service.relay.wakes(shard.endpoint)
         answer = await service.queue.turn(wanted, key_of(caller))
+        await service.offences.judge(wanted, answer, len(raw), key_of(caller))
         left_s = until - clock()
         if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
             return web.json_response(body=answer.model_dump_json().encode())

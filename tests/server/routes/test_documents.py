@@ -16,10 +16,11 @@ API = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text()
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without code marks."""
+    """Cells of the tables under a heading, without code marks."""
     section = re.split(rf"^#+ {heading}$", API, flags=re.M)[1].split("\n#")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
+    tables = re.findall(r"(?:^\|.*\n?)+", section, re.M)
+    lines = [line for table in tables for line in table.splitlines()[2:]]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_every_route_is_listed_with_its_scope() -> None:

@@ -180,7 +180,9 @@ async def test_unknown_endpoint_and_too_old_protocol_are_refused(http: aiohttp.C
         assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
     async with http.post("/v1/worker/sessions", json=LOGIN | {"protocol": 0}, headers=as_worker) as answer:
         assert answer.status == 400
-        assert "speaks worker protocol 1 to 1; the worker speaks 0: update it" in (await answer.json())["error"]["message"]
+        assert (
+            f"speaks worker protocol 1 to {PROTOCOL_VERSION}; the worker speaks 0: update it" in (await answer.json())["error"]["message"]
+        )
 
 
 async def test_newer_workers_unknown_fields_are_ignored(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
@@ -245,3 +247,95 @@ async def test_metrics_show_what_a_worker_said_in_its_last_turn_until_it_logs_ou
     async with http.delete(f"/v1/worker/sessions/{session}", headers=as_worker) as answer:
         assert answer.ok
     assert await shown() == []
+
+
+ODD: dict[str, Any] = {
+    "unreadable": {"frames": [{"job": "x", "attempt": 1, "offset": 0}]},
+    "job_never_had": {"frames": [{"job": "mixtral_chat.0-" + "0" * 32, "attempt": 1, "offset": 1, "ids": [1], "texts": ["x"]}]},
+    "offset_beyond": {"frames": [{"job": "JOB", "attempt": 1, "offset": 9, "ids": [1], "texts": ["x"]}]},
+    "text_too_long": {"frames": [{"job": "JOB", "attempt": 1, "offset": 1, "ids": [1], "texts": ["x" * 9000]}]},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+async def test_session_with_too_many_offences_is_cut_its_jobs_go_back_and_the_answer_says_why(
+    empty_redis: str, tmp_path: Any, kind: str
+) -> None:
+    with LiveServer(tmp_path, empty_redis, worker_offences=3) as server:
+        headers = {"Authorization": f"Bearer {server.worker_key}"}
+        async with server.http() as http:
+            session = await login(http, headers)
+            jobs = []
+            for _ in range(4):
+                async with http.post("/v1/jobs", json=CHAT) as answer:
+                    jobs.append((await answer.json())["id"])
+            leased = await turn(http, headers, session=session, turn=1, room=4)
+            assert [job.id for job in leased.jobs] == jobs
+            holding = [[job.id, job.attempt] for job in leased.jobs]
+            statuses = []
+            for number in range(3):
+                frames = [frame | {"job": frame["job"].replace("JOB", jobs[number])} for frame in ODD[kind]["frames"]]
+                body = {"session": session, "turn": number + 2, "holding": holding, "frames": frames}
+                async with http.post("/v1/worker/turn", json=body, headers=headers) as answer:
+                    statuses.append(answer.status)
+                    said = await answer.json()
+            assert statuses == [400 if kind == "unreadable" else 200] * 2 + [410]
+            assert said["error"]["code"] == "session_lapsed"
+            assert f"was cut after 3 offences, 3 at most, the last: {kind}" in said["error"]["message"]
+            async with http.get(f"/v1/jobs/{jobs[3]}") as answer:
+                job = await answer.json()
+            assert (job["state"], job["attempt"]) == ("waiting", 1)
+            async with http.get("/metrics") as answer:
+                assert f'mixtral_offences_total{{kind="{kind}"}} 3.0' in await answer.text()
+            again = await login(http, headers)
+            assert jobs[3] in [job.id for job in (await turn(http, headers, session=again, turn=1, room=4)).jobs]
+
+
+async def test_late_frames_and_repeats_are_no_offences(empty_redis: str, tmp_path: Any) -> None:
+    with LiveServer(tmp_path, empty_redis, worker_offences=1) as server:
+        headers = {"Authorization": f"Bearer {server.worker_key}"}
+        async with server.http() as http:
+            session = await login(http, headers)
+            async with http.post("/v1/jobs", json=CHAT) as answer:
+                job_id = (await answer.json())["id"]
+            (job,) = (await turn(http, headers, session=session, turn=1, room=1)).jobs
+            frame = {"job": job.id, "attempt": job.attempt, "offset": 1, "ids": [1], "texts": ["x"]}
+            for number in (2, 2, 3):
+                await turn(http, headers, session=session, turn=number, holding=[[job.id, job.attempt]], frames=[frame])
+            async with http.delete(f"/v1/jobs/{job_id}") as answer:
+                assert answer.status == 200
+            late = await turn(http, headers, session=session, turn=4, frames=[frame | {"offset": 2}])
+            assert [drop.job for drop in late.drops] == [job_id]
+            released = await turn(http, headers, session=session, turn=5, frames=[frame | {"offset": 3, "release": True}])
+            assert [drop.job for drop in released.drops] == [job_id]
+
+
+async def test_another_keys_session_is_not_counted_against(empty_redis: str, tmp_path: Any) -> None:
+    with LiveServer(tmp_path, empty_redis, worker_offences=1) as server:
+        headers = {"Authorization": f"Bearer {server.worker_key}"}
+        other = {"Authorization": f"Bearer {await server.new_key('worker', user='mallory')}"}
+        async with server.http() as http:
+            session = await login(http, headers)
+            for _ in range(3):
+                body = f'{{"session": "{session}", "turn": 0}}'
+                async with http.post("/v1/worker/turn", data=body, headers=other | {"Content-Type": "application/json"}) as answer:
+                    assert answer.status == 400
+            assert (await turn(http, headers, session=session, turn=1, holding=[["mixtral_chat.0-" + "0" * 32, 1]])).turn == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"turn": 2**63},
+        {"turn": 1, "room": 2**31},
+        {"turn": 1, "holding": [["x" * 201, 1]]},
+        {"turn": 1, "holding": [["x", 2**31]]},
+        {"turn": 1, "frames": [{"job": "x", "attempt": 2**31, "offset": 1}]},
+        {"turn": 1, "frames": [{"job": "x", "attempt": 1, "offset": 2**31}]},
+        {"turn": 1, "frames": [{"job": "x", "attempt": 1, "offset": 1, "prompt_tokens": 2**31}]},
+    ],
+)
+async def test_counts_out_of_their_range_are_refused(http: aiohttp.ClientSession, as_worker: dict[str, str], body: dict[str, Any]) -> None:
+    session = await login(http, as_worker)
+    async with http.post("/v1/worker/turn", json=body | {"session": session}, headers=as_worker) as answer:
+        assert answer.status == 400, await answer.text()
