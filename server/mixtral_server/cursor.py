@@ -28,6 +28,7 @@ class Tokens:
     ids: Sequence[int]
     texts: Sequence[str]
     crcs: Sequence[int]
+    logprobs: Sequence[str] | None = None  # as many, where the job asked for them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,7 +75,9 @@ class Cursor:
         events: list[Followed] = []
         if snapshot.entries:
             texts = [text for entry in snapshot.entries for text in entry.texts]
-            tokens = self.add(Entry(snapshot.entries[0].first, snapshot.ids, texts))
+            logprobs = [one for entry in snapshot.entries for one in entry.logprobs or ()]
+            whole = logprobs if len(logprobs) == len(texts) else None  # a worker that has none to give may have made a part
+            tokens = self.add(Entry(snapshot.entries[0].first, snapshot.ids, texts, whole))
             if tokens is None:
                 return None
             if tokens:
@@ -87,20 +90,20 @@ class Cursor:
 
     def add(self, entry: Entry) -> Tokens | None:
         """What of the entry is new to the reader, perhaps nothing. None when tokens before it are missing, or those sent were others."""
-        ids, texts = entry.ids, entry.texts
+        ids, texts, logprobs = entry.ids, entry.texts, entry.logprobs
         known = len(self._ids) - entry.first + 1
         if known:
             sent = self._ids[entry.first - 1 : entry.first - 1 + len(ids)]
             if known < 0 or sent != array("I", ids[:known]):
                 return None
-            ids, texts = ids[known:], texts[known:]
+            ids, texts, logprobs = ids[known:], texts[known:], logprobs and logprobs[known:]
         first, crc, crcs = len(self._ids) + 1, self._crc, []
         for token in ids:
             crc = zlib.crc32(token.to_bytes(4, "little"), crc)
             crcs.append(crc)
         self._crc = crc
         self._ids.extend(ids)
-        return Tokens(first, ids, texts, crcs)
+        return Tokens(first, ids, texts, crcs, logprobs)
 
     def _align(self, log: Sequence[int]) -> list[Followed]:
         """Keep as much of what was sent as the log holds, and say so if that is not all."""

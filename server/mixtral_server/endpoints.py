@@ -35,6 +35,10 @@ class EndpointConfig(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2, description="where a request names none")] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1, description="where a request names none")] = 0.9
     top_k: Annotated[int, Field(ge=0, le=1000, description="where a request names none; 0 keeps every token")] = 40
+    min_p: Annotated[float, Field(ge=0, le=1, description="where a request names none; 0 keeps every token")] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10, description="where a request names none; 1 = none")] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, description="where a request names none; 0 = none")] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, description="where a request names none; 0 = none")] = 0.0
 
     max_waiting: Annotated[int, Field(ge=1, description="waiting jobs in all; then users above an equal share are answered 429")] = 10_000
     max_waiting_per_user: Annotated[int, Field(ge=1, description="waiting jobs of one user; one more is answered 429")] = 1_000

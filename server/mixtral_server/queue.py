@@ -167,7 +167,7 @@ class JobQueue:
             weight,
             prompt_tokens + spec.max_tokens,
             spec.max_tokens,
-            spec.model_dump_json(exclude_none=True),
+            spec.model_dump_json(exclude_defaults=True),
             title[:MAX_TITLE_CHARS],
             _ms(limits.result_ttl_s),
             "" if queue_timeout_s is None else _ms(queue_timeout_s),

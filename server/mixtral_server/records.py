@@ -14,26 +14,22 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic import Field
 
-from mixtral_client.protocol import ErrorDetail, Finish, Frame, FrameError, JobSpec, JobState, Timings, TurnAnswer, Usage, WorkerJob
+from mixtral_client.protocol import (
+    CALLER_ERRORS,
+    ErrorDetail,
+    Finish,
+    Frame,
+    FrameError,
+    JobSpec,
+    JobState,
+    Timings,
+    TurnAnswer,
+    Usage,
+    WorkerJob,
+)
 from mixtral_server.rates import Allowance, Rate
 
 TERMINAL_STATES = ("done", "failed", "cancelled", "expired", "dead")
-
-CALLER_ERRORS = frozenset(
-    {
-        "context_length_exceeded",
-        "no_messages",
-        "no_user_message",
-        "prompt_refused",
-        "roles_out_of_order",
-        "template_in_content",
-        "text_not_unicode",
-        "token_id_out_of_range",
-        "unknown_role",
-    }
-)
-"""Code words of a worker's frame error that are the caller's to mend: their job fails with OpenAI's invalid_request_error. Every
-other word, known or not, is a server_error."""
 
 ETA_BOUNDS_MS = (100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000)
 """Of the histogram of ETA errors; lua/claim.lua writes them a second time."""
@@ -66,11 +62,12 @@ class Put:
 
 
 class Entry(NamedTuple):
-    """Tokens of one log entry; offset of ids[0] is first. texts has one text per id."""
+    """Tokens of one log entry; offset of ids[0] is first. texts has one text per id, so has logprobs where the job asked for them."""
 
     first: int
     ids: Sequence[int]
     texts: Sequence[str]
+    logprobs: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def eta_errors_of(flat: Sequence[str]) -> EtaErrors:
 
 
 def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: Sequence[Any]) -> Snapshot:
-    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended = record
+    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended, dropped = record
     terminal = state in TERMINAL_STATES
     return Snapshot(
         job_id=job_id,
@@ -246,7 +243,7 @@ def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: S
         entries=tuple(entry for entry in (_entry(*row) for row in log) if entry.ids),
         finish=finish or None,  # type: ignore[arg-type]
         error=ErrorDetail.model_validate_json(error) if error else None,
-        usage=_usage(prompt_tokens, n) if terminal else None,
+        usage=_usage(prompt_tokens, n, dropped) if terminal else None,
         timings=_timings(created, started, first, ended) if terminal else None,
     )
 
@@ -254,12 +251,14 @@ def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: S
 def _entry(entry_id: str, fields: Sequence[str]) -> Entry:
     values = dict(pairs_of(fields))
     ids = tuple(orjson.loads(values.get("ids", "[]")))
-    return Entry(int(entry_id.partition("-")[0]) - len(ids) + 1, ids, tuple(orjson.loads(values.get("texts", "[]"))))
+    texts, logprobs = tuple(orjson.loads(values.get("texts", "[]"))), values.get("logprobs")
+    return Entry(int(entry_id.partition("-")[0]) - len(ids) + 1, ids, texts, logprobs and tuple(orjson.loads(logprobs)))
 
 
-def _usage(prompt_tokens: str | None, n: str | None) -> Usage:
+def _usage(prompt_tokens: str | None, n: str | None, dropped: str | None) -> Usage:
     prompt, completion = int(prompt_tokens or 0), int(n or 0)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    dropped_messages = int(dropped or 0)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, dropped_messages=dropped_messages)
 
 
 def _timings(created: str | None, started: str | None, first: str | None, ended: str | None) -> Timings:
@@ -329,8 +328,8 @@ def telemetry_json(telemetry: Mapping[str, Any]) -> str:
     return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
 
 
-def frame_args(frame: Frame) -> tuple[str, bytes, bytes, str]:
-    """What turn.lua reads of a frame: its head, its ids and texts as JSON, its error as JSON or ""."""
+def frame_args(frame: Frame) -> tuple[str, bytes, bytes, bytes, str]:
+    """What turn.lua reads of a frame: its head, its ids and texts as JSON, its logprobs and its error as JSON or ""."""
     size = len("".join(frame.texts).encode())
     most = MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids)
     if size > most:
@@ -339,11 +338,13 @@ def frame_args(frame: Frame) -> tuple[str, bytes, bytes, str]:
         frame = Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
         size = 0
     prompt_tokens = "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31)
+    dropped = "" if frame.dropped_messages is None else min(frame.dropped_messages, 2**31)
     ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
     return (
-        f"{frame.attempt} {frame.offset} {len(frame.ids)} {size} {prompt_tokens} {ending} {frame.job}",
+        f"{frame.attempt} {frame.offset} {len(frame.ids)} {size} {prompt_tokens} {dropped} {ending} {frame.job}",
         orjson.dumps(frame.ids),
         orjson.dumps(frame.texts),
+        orjson.dumps(frame.logprobs) if frame.logprobs else b"",
         _error_detail(frame.error).model_dump_json(exclude_none=True) if frame.error else "",
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from mixtral_client.protocol import JobEvent
+from mixtral_client.protocol import JobEvent, TokenEvent
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -27,6 +27,8 @@ without data."""
 def encode(event: JobEvent, event_id: str | None = None) -> bytes:
     """A native event: its name, its id when it has one, its fields as JSON."""
     fields = event.model_dump(mode="json", exclude={"event"})
+    if isinstance(event, TokenEvent) and event.logprobs is None:
+        del fields["logprobs"]  # not asked for
     return b"event: %b\n%b" % (event.event.encode(), chunk(fields, event_id))
 
 
@@ -51,8 +53,12 @@ def token_events(pattern: bytes, rows: Iterable[tuple[int, int, str]]) -> bytes:
     return b"".join([pattern % (offset, crc, orjson.dumps(text)) for offset, crc, text in rows])
 
 
-def native_token_events(rows: Iterable[tuple[int, int, str]]) -> bytes:
-    """What encode() makes of each TokenEvent."""
+def native_token_events(rows: Iterable[tuple[int, int, str]], logprobs: Iterable[str] | None = None) -> bytes:
+    """What encode() makes of each TokenEvent. logprobs: a TokenLogprobs for each, as JSON on one line."""
+    if logprobs is not None:
+        pattern = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b,"logprobs":%b}\n\n'
+        both = zip(rows, logprobs, strict=True)
+        return b"".join([pattern % (offset, crc, offset, orjson.dumps(text), one.encode()) for (offset, crc, text), one in both])
     pattern = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b}\n\n'
     return b"".join([pattern % (offset, crc, offset, orjson.dumps(text)) for offset, crc, text in rows])
 

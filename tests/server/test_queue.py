@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
-from mixtral_client.protocol import ChatMessage, FrameError, JobSpec, TurnRequest, Usage
+from mixtral_client.protocol import CALLER_ERRORS, ChatMessage, FrameError, JobSpec, TurnRequest, Usage
 from mixtral_server.dead import DeadLetters
 from mixtral_server.errors import (
     IdempotencyConflict,
@@ -24,7 +24,6 @@ from mixtral_server.errors import (
 from mixtral_server.keys import KEYS, Shard, key_kind
 from mixtral_server.queue import FORMAT, JobQueue, QueueLimits
 from mixtral_server.rates import Rate
-from mixtral_server.records import CALLER_ERRORS
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, connect, redis_binary
 

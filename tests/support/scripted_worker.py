@@ -20,6 +20,8 @@ from mixtral_client.protocol import (
     JobSpec,
     SessionAnswer,
     SessionRequest,
+    TokenChance,
+    TokenLogprobs,
     TurnAnswer,
     TurnRequest,
     WorkerJob,
@@ -47,6 +49,14 @@ def text_of(prompt: str, tokens: int = FULL_LENGTH) -> str:
 def answer_to(content: str, tokens: int = FULL_LENGTH) -> str:
     """The whole answer to a chat of one user message."""
     return text_of(f"user: {content}", tokens)
+
+
+def logprobs_of(prompt: str, offset: int, top: int) -> TokenLogprobs:
+    """Of the token at that offset: itself, then its neighbours' ids, a half of é among them."""
+    number, text = token(prompt, offset)
+    chances = [TokenChance(id=number, text=text, bytes=text.encode().hex(), logprob=-0.25)]
+    chances += [TokenChance(id=number + 1, text="\ufffd", bytes="c3", logprob=-2.0), TokenChance(id=2, text="</s>", bytes="", logprob=-9.5)]
+    return TokenLogprobs(**chances[0].model_dump(), top=chances[:top])
 
 
 @dataclass
@@ -154,10 +164,14 @@ class ScriptedWorker:
         tokens = [token(prompt_of(job.spec), offset) for offset in offsets]
         first, one.produced = one.produced + 1, upto
         finish = None if upto < whole else "length" if job.spec.max_tokens <= self.length else "stop"
+        top = job.spec.top_logprobs
+        logprobs = [logprobs_of(prompt_of(job.spec), offset, top).model_dump_json() for offset in offsets] if top is not None else None
         return Frame(
             job=job.id,
             attempt=job.attempt,
             offset=first,
+            logprobs=logprobs,
+            dropped_messages=4 if job.spec.truncate else None,
             ids=[number for number, _ in tokens],
             texts=[self.text(text) for _, text in tokens],
             finish=finish,

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 
-from mixtral_client.protocol import PROTOCOL_VERSION, JobSpec, SessionRequest, WorkerJob
+from mixtral_client.protocol import CALLER_ERRORS, PROTOCOL_VERSION, JobSpec, SessionRequest, WorkerJob
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.link import Link, LinkRefused
 from mixtral_worker.loop import Batch, Crew, run_leader
@@ -340,6 +340,7 @@ async def test_a_job_the_model_cannot_take_fails_alone_and_says_why(
         await server.finished(before, refused, after)
         assert refused.error is not None
         assert refused.error.code == code
+        assert (code in CALLER_ERRORS) == (code != "worker_error")
         assert all(word in refused.error.message for word in words), refused.error.message
         assert_as_alone(worker, before)
         assert_as_alone(worker, after)

@@ -255,6 +255,22 @@ class Usage(Wire):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    dropped_messages: int = Field(0, description="left out of the prompt, where the request said truncate")
+
+
+class TokenChance(Wire):
+    """A token and the logarithm of its probability: the model's own, before temperature, penalties and cuts."""
+
+    id: int
+    text: str = Field(description="U+FFFD for bytes that are no whole character; the name of a token without a text, as '</s>'")
+    bytes: str = Field(description="hexadecimal; empty for a token without a text")
+    logprob: float
+
+
+class TokenLogprobs(TokenChance):
+    """The token that was drawn, and the likeliest ones at its place, best first."""
+
+    top: list[TokenChance] = Field(default_factory=list)
 
 
 class ErrorDetail(Wire):
@@ -270,11 +286,35 @@ class ErrorBody(Wire):
     error: ErrorDetail
 
 
+class OpenAIChance(Wire):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class OpenAIChances(OpenAIChance):
+    top_logprobs: list[OpenAIChance]
+
+
+class ChatLogprobs(Wire):
+    content: list[OpenAIChances]
+    refusal: None = None
+
+
+class CompletionLogprobs(Wire):
+    """OpenAI's older form: lists with an entry for each token. text_offset: characters of the answer before the token's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Wire):
     index: int = 0
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(Wire):
@@ -295,7 +335,7 @@ class ChunkChoice(Wire):
     index: int = 0
     delta: Delta
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(Wire):
@@ -311,7 +351,7 @@ class CompletionChoice(Wire):
     index: int = 0
     text: str
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(Wire):
@@ -393,6 +433,7 @@ class TokenEvent(Wire):
     event: Literal["token"] = "token"
     offset: int
     text: str
+    logprobs: TokenLogprobs | None = Field(None, description="where the job asked for them")
 
 
 class MovedEvent(Wire):
@@ -497,24 +538,8 @@ class FrameError(Wire):
     message: str = Field(max_length=4000)
 
 
-class TokenChance(Wire):
-    """A token and the logarithm of its probability: the model's own, before temperature, penalties and cuts."""
-
-    id: int
-    text: str = Field(description="U+FFFD for bytes that are no whole character; the name of a token without a text, as '</s>'")
-    bytes: str = Field(description="hexadecimal; empty for a token without a text")
-    logprob: float
-
-
-class TokenLogprobs(TokenChance):
-    """The token that was drawn, and the likeliest ones at its place, best first."""
-
-    top: list[TokenChance] = Field(default_factory=list)
-
-
 def _token_logprobs(text: str) -> str:
-    TokenLogprobs.model_validate_json(text)
-    return text
+    return TokenLogprobs.model_validate_json(text).model_dump_json()  # on one line, and nothing else in it
 
 
 LogprobsText: TypeAlias = Annotated[str, Field(max_length=16_384), AfterValidator(_token_logprobs)]

@@ -3,16 +3,16 @@
 
 local appended = 0
 
--- JSON arrays → (part of them from the skip+1st to the last, JSON), and the bytes of its texts.
-local function cut(ids, texts, skip, last)
-  local all_ids, all_texts = cjson.decode(ids), cjson.decode(texts)
-  local new_ids, new_texts, bytes = {}, {}, 0
-  for i = skip + 1, last do
-    new_ids[#new_ids + 1] = all_ids[i]
-    new_texts[#new_texts + 1] = all_texts[i]
-    bytes = bytes + #all_texts[i]
+-- A JSON array of numbers or strings → its part from the skip+1st to the last, JSON, and the bytes of that part's strings.
+local function cut(json, skip, last)
+  local part, bytes = {}, 0
+  for i, one in ipairs(cjson.decode(json)) do
+    if i > skip and i <= last then
+      part[#part + 1] = one
+      if type(one) == 'string' then bytes = bytes + #one end
+    end
   end
-  return cjson.encode(new_ids), cjson.encode(new_texts), bytes
+  return cjson.encode(part), bytes
 end
 
 -- What of the frame the log lacks, as far as the job's max tokens allow. Returns the log's new length.
@@ -20,14 +20,23 @@ local function append_tokens(frame, n, bytes, max, state)
   local skip = n + 1 - frame.offset
   local last = math.min(frame.count, max - frame.offset + 1)
   if skip < 0 or last <= skip then return n end
-  local ids, texts, size = frame.ids, frame.texts, frame.bytes
-  if skip > 0 or last < frame.count then ids, texts, size = cut(ids, texts, skip, last) end
+  local ids, texts, size, logprobs = frame.ids, frame.texts, frame.bytes, frame.logprobs
+  if skip > 0 or last < frame.count then
+    ids = cut(ids, skip, last)
+    texts, size = cut(texts, skip, last)
+    if logprobs ~= '' then logprobs = cut(logprobs, skip, last) end
+  end
   local length = n + last - skip
-  call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts)
+  if logprobs == '' then
+    call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts)
+  else
+    call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts, 'logprobs', logprobs)
+    logprobs = ',' .. logprobs
+  end
   call('HSET', job_key(frame.job), 'n', length, 'bytes', bytes + size)
   if state == 'leased' then call('HSET', job_key(frame.job), 'state', 'streaming') end
   if n == 0 then call('HSETNX', job_key(frame.job), 'first', now) end
-  news[#news + 1] = '["' .. frame.job .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. ']'
+  news[#news + 1] = '["' .. frame.job .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. logprobs .. ']'
   appended = appended + length - n
   return length
 end
@@ -37,6 +46,7 @@ local function append(frame)
   local values = call('HMGET', job_key(frame.job), 'n', 'bytes', 'max', 'state')
   local before, max = tonumber(values[1]), tonumber(values[3])
   if frame.prompt_tokens ~= '' then call('HSET', job_key(frame.job), 'prompt_tokens', frame.prompt_tokens) end
+  if frame.dropped ~= '' then call('HSET', job_key(frame.job), 'dropped', frame.dropped) end
   local n = append_tokens(frame, before, tonumber(values[2]), max, values[4])
   local last = frame.offset + frame.count - 1
 

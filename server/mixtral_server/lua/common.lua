@@ -43,7 +43,7 @@ end
 
 -- ---------------------------------------------------------------------------------------- news for followers and parked turns
 
-local news = {} -- JSON: ["job"] = look at its log, ["job",first offset,ids,texts] = appended
+local news = {} -- JSON: ["job"] = look at its log, ["job",first offset,ids,texts] = appended, with logprobs where they are asked for
 local has_work = false
 
 local function tell(id) news[#news + 1] = '["' .. id .. '"]' end

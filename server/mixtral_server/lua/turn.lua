@@ -1,6 +1,6 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
 -- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, pairs held, then (job, attempt) of each,
---       then 4 of each frame: head (below), ids, texts, error detail
+--       then 5 of each frame: head (below), ids, texts, logprobs or '', error detail
 -- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling}
 
 local session, turn, room = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -26,12 +26,13 @@ end
 
 -- Frames.
 local pairs_held = tonumber(ARGV[9])
-local HEAD = '^(%S+) (%S+) (%S+) (%S+) (%S*) (%S*) (.*)$' -- attempt, offset, count, bytes of texts, prompt tokens or '', ending or '', job
+-- attempt, offset, count, bytes of texts, prompt tokens or '', messages dropped or '', ending or '', job
+local HEAD = '^(%S+) (%S+) (%S+) (%S+) (%S*) (%S*) (%S*) (.*)$'
 local released = false
-for at = 10 + 2 * pairs_held, #ARGV, 4 do
-  local frame = {ids = ARGV[at + 1], texts = ARGV[at + 2], detail = ARGV[at + 3]}
-  local attempt, offset, count, bytes, prompt_tokens, ending, job = string.match(ARGV[at], HEAD)
-  frame.job, frame.attempt, frame.prompt_tokens, frame.ending = job, attempt, prompt_tokens, ending
+for at = 10 + 2 * pairs_held, #ARGV, 5 do
+  local frame = {ids = ARGV[at + 1], texts = ARGV[at + 2], logprobs = ARGV[at + 3], detail = ARGV[at + 4]}
+  local attempt, offset, count, bytes, prompt_tokens, dropped, ending, job = string.match(ARGV[at], HEAD)
+  frame.job, frame.attempt, frame.prompt_tokens, frame.dropped, frame.ending = job, attempt, prompt_tokens, dropped, ending
   frame.offset, frame.count, frame.bytes = tonumber(offset), tonumber(count), tonumber(bytes)
   if held[frame.job] == frame.attempt then
     local ended, expected = append(frame)

@@ -75,7 +75,7 @@ async def follow_job(service: Service, request: web.Request, caller: Caller) -> 
     with service.relay.follow(job.job_id, after, crc) as follower:
         async with EventStream(service, request, "native") as stream:
             await stream.write(sse.retry(RETRY_MS))
-            follower.sink = lambda tokens: stream.write_now(sse.native_token_events(tokens.rows()), len(tokens))
+            follower.sink = lambda tokens: stream.write_now(sse.native_token_events(tokens.rows(), tokens.logprobs), len(tokens))
             while not follower.is_over:
                 batch = await follower.batch(service.settings.ping_s)
                 if not batch and follower.is_stopped:
@@ -134,4 +134,6 @@ def resume_point(request: web.Request) -> tuple[int, int | None]:
 
 
 def encoded(batch: Sequence[Followed]) -> bytes:
-    return b"".join(sse.native_token_events(one.rows()) if isinstance(one, Tokens) else sse.encode(one.event, one.id) for one in batch)
+    return b"".join(
+        sse.native_token_events(one.rows(), one.logprobs) if isinstance(one, Tokens) else sse.encode(one.event, one.id) for one in batch
+    )

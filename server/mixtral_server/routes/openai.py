@@ -12,17 +12,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
+import orjson
 from aiohttp import web
 
 from mixtral_client.protocol import (
     ChatChoice,
     ChatCompletion,
+    ChatLogprobs,
     ChatMessage,
     ChatRequest,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     DoneEvent,
     ErrorDetail,
@@ -32,6 +36,7 @@ from mixtral_client.protocol import (
     ModelList,
     RewindEvent,
     Usage,
+    event_id,
 )
 from mixtral_server import sse
 from mixtral_server.auth import Caller
@@ -90,11 +95,13 @@ class Form(Protocol):
 
     def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes: ...
 
+    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes: ...
+
     def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]: ...
 
     def usage(self, usage: Usage) -> dict[str, Any]: ...
 
-    def whole(self, text: str, finish: OpenAIFinish, usage: Usage) -> bytes: ...
+    def whole(self, texts: Sequence[str], finish: OpenAIFinish, usage: Usage, logprobs: Sequence[str] | None) -> bytes: ...
 
 
 class ChatForm:
@@ -108,6 +115,13 @@ class ChatForm:
         opening = sse.token_pattern(self._chunk({"role": "assistant", "content": sse.HOLE}, None))
         return sse.token_events(opening, [first]) + sse.token_events(self._pattern, others)
 
+    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes:
+        out = []
+        for (offset, crc, text), one in zip(rows, logprobs, strict=True):
+            delta = {"role": "assistant", "content": text} if offset == 1 else {"content": text}
+            out.append(sse.chunk(self._chunk(delta, None, chat_logprobs([one])), event_id(offset, crc)))
+        return b"".join(out)
+
     @cached_property
     def _pattern(self) -> bytes:
         return sse.token_pattern(self._chunk({"content": sse.HOLE}, None))
@@ -118,21 +132,32 @@ class ChatForm:
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
 
-    def whole(self, text: str, finish: OpenAIFinish, usage: Usage) -> bytes:
-        choice = ChatChoice(message=ChatMessage(role="assistant", content=text), finish_reason=finish)
+    def whole(self, texts: Sequence[str], finish: OpenAIFinish, usage: Usage, logprobs: Sequence[str] | None) -> bytes:
+        message = ChatMessage(role="assistant", content="".join(texts))
+        chances = None if logprobs is None else ChatLogprobs.model_validate(chat_logprobs(logprobs))
+        choice = ChatChoice(message=message, finish_reason=finish, logprobs=chances)
         head = self._head | {"object": "chat.completion"}
         return ChatCompletion(**head, choices=[choice], usage=usage).model_dump_json().encode()
 
-    def _chunk(self, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
-        return {**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
+    def _chunk(self, delta: dict[str, str], finish: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}]}
 
 
 class CompletionForm:
     def __init__(self, job_id: str, model: str, created: int) -> None:
         self._head = {"id": f"cmpl-{job_id}", "object": "text_completion", "created": created, "model": model}
+        self._chars = 0  # of the text so far; counted where logprobs are asked for
 
     def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
         return sse.token_events(self._pattern, rows)
+
+    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes:
+        out = []
+        for (offset, crc, text), one in zip(rows, logprobs, strict=True):
+            chances = completion_logprobs([text], [one], self._chars)
+            self._chars += len(text)
+            out.append(sse.chunk(self._chunk(text, None, chances), event_id(offset, crc)))
+        return b"".join(out)
 
     @cached_property
     def _pattern(self) -> bytes:
@@ -144,12 +169,34 @@ class CompletionForm:
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
 
-    def whole(self, text: str, finish: OpenAIFinish, usage: Usage) -> bytes:
-        choice = CompletionChoice(text=text, finish_reason=finish)
+    def whole(self, texts: Sequence[str], finish: OpenAIFinish, usage: Usage, logprobs: Sequence[str] | None) -> bytes:
+        chances = None if logprobs is None else CompletionLogprobs.model_validate(completion_logprobs(texts, logprobs))
+        choice = CompletionChoice(text="".join(texts), finish_reason=finish, logprobs=chances)
         return Completion(**self._head, choices=[choice], usage=usage).model_dump_json().encode()
 
-    def _chunk(self, text: str, finish: str | None) -> dict[str, Any]:
-        return {**self._head, "choices": [{"index": 0, "text": text, "finish_reason": finish, "logprobs": None}]}
+    def _chunk(self, text: str, finish: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._head, "choices": [{"index": 0, "text": text, "finish_reason": finish, "logprobs": logprobs}]}
+
+
+def chat_logprobs(logprobs: Sequence[str]) -> dict[str, Any]:
+    """OpenAI's form of TokenLogprobs, each as JSON. Their bytes are null for a token without a text."""
+    tokens = [orjson.loads(one) for one in logprobs]
+    return {"content": [_chance(one) | {"top_logprobs": [_chance(top) for top in one["top"]]} for one in tokens], "refusal": None}
+
+
+def _chance(one: dict[str, Any]) -> dict[str, Any]:
+    return {"token": one["text"], "logprob": one["logprob"], "bytes": list(bytes.fromhex(one["bytes"])) or None}
+
+
+def completion_logprobs(texts: Sequence[str], logprobs: Sequence[str], chars_before: int = 0) -> dict[str, Any]:
+    """OpenAI's older form. Of alternatives that read alike, as bytes of one character do, the likeliest stays."""
+    tokens = [orjson.loads(one) for one in logprobs]
+    return {
+        "tokens": [one["text"] for one in tokens],
+        "token_logprobs": [one["logprob"] for one in tokens],
+        "top_logprobs": [{top["text"]: top["logprob"] for top in reversed(one["top"])} for one in tokens],
+        "text_offset": list(accumulate((len(text) for text in texts[:-1]), initial=chars_before))[: len(tokens)],
+    }
 
 
 # ---------------------------------------------------------------------------------------------- calls
@@ -171,7 +218,7 @@ async def _call(
             if not wanted.stream:
                 return await _whole(service, follower, form)
             wants_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-            return await _Streaming(service, request, endpoint, follower, form, wants_usage).run()
+            return await _Streaming(service, request, endpoint, follower, form, wants_usage, spec.top_logprobs is not None).run()
         finally:
             if not follower.is_over and "Idempotency-Key" not in request.headers:
                 service.abandon(put.job_id)
@@ -180,9 +227,11 @@ async def _call(
 async def _whole(service: Service, follower: Follower, form: Form) -> web.StreamResponse:
     """Wait for the end of the job, however long it takes."""
     texts: list[str] = []
+    logprobs: list[str] = []  # one per text, where the job asked for them
 
     def take(tokens: Tokens) -> bool:
         texts.extend(tokens.texts)
+        logprobs.extend(tokens.logprobs or ())
         return True
 
     follower.sink = take
@@ -191,11 +240,12 @@ async def _whole(service: Service, follower: Follower, form: Form) -> web.Stream
             if isinstance(one, Tokens):
                 take(one)
             elif isinstance(one.event, RewindEvent):
-                del texts[one.event.to :]  # one text per offset
+                del texts[one.event.to :], logprobs[one.event.to :]  # one text per offset
             elif (failure := failure_of(one)) is not None:
                 raise failure
             elif isinstance(one.event, DoneEvent):
-                return web.json_response(body=form.whole("".join(texts), cast(OpenAIFinish, one.event.finish), one.event.usage))
+                finish, chances = cast(OpenAIFinish, one.event.finish), logprobs if logprobs and len(logprobs) == len(texts) else None
+                return web.json_response(body=form.whole(texts, finish, one.event.usage, chances))
         if follower.is_stopped:
             raise stopping()
 
@@ -204,14 +254,21 @@ class _Streaming:
     """One streamed call: hold the head, then a chunk for every token, then the end."""
 
     def __init__(
-        self, service: Service, request: web.Request, endpoint: EndpointConfig, follower: Follower, form: Form, wants_usage: bool
+        self,
+        service: Service,
+        request: web.Request,
+        endpoint: EndpointConfig,
+        follower: Follower,
+        form: Form,
+        wants_usage: bool,
+        wants_logprobs: bool,
     ) -> None:
         self._service = service
         self._request = request
         self._endpoint = endpoint
         self._follower = follower
         self._form = form
-        self._wants_usage = wants_usage
+        self._wants_usage, self._wants_logprobs = wants_usage, wants_logprobs
 
     async def run(self) -> web.StreamResponse:
         first = await self._until_first_token()
@@ -221,7 +278,7 @@ class _Streaming:
         async with EventStream(self._service, self._request, "openai") as stream:
             try:
                 await self._send(stream, first)
-                if not self._endpoint.coalesce_ms:
+                if not self._endpoint.coalesce_ms and not self._wants_logprobs:
                     self._follower.sink = lambda tokens: stream.write_now(
                         self._form.tokens(tokens.rows(), is_first=tokens.offset == 1), len(tokens)
                     )
@@ -261,12 +318,14 @@ class _Streaming:
         """Raises the failure that the batch ends in, once what came before it is sent."""
         out: list[bytes] = []
         rows: list[TokenRow] = []
+        logprobs: list[str] = []
         tokens = 0
         failure = None
         for one in batch:
             if isinstance(one, Tokens):
                 tokens += len(one)
                 rows += one.rows()
+                logprobs += one.logprobs or ()
             elif (failure := failure_of(one)) is not None:
                 break
             elif isinstance(one.event, DoneEvent):
@@ -275,8 +334,11 @@ class _Streaming:
                     out.append(sse.chunk(self._form.usage(one.event.usage)))
                 out.append(sse.DONE)
         if rows:
-            shown = merged(rows) if self._endpoint.coalesce_ms else rows
-            out.insert(0, self._form.tokens(shown, is_first=rows[0][0] == 1))
+            if logprobs and len(logprobs) == len(rows):  # each token in a chunk of its own, with its logprobs
+                out.insert(0, self._form.tokens_and_logprobs(rows, logprobs))
+            else:
+                shown = merged(rows) if self._endpoint.coalesce_ms else rows
+                out.insert(0, self._form.tokens(shown, is_first=rows[0][0] == 1))
         if out:
             await stream.write(b"".join(out), tokens)
         if failure is not None:

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixtral_client.protocol import ChatMessage, ChatRequest, CompletionRequest, JobRequest, JobSpec, Sampling, SamplingFields
+from mixtral_client.protocol import (
+    MAX_TOKEN_ID,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    JobRequest,
+    JobSpec,
+    Sampling,
+    SamplingFields,
+    Truncate,
+)
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import RequestRefused
 
-MAX_TOKEN_ID = 2**31 - 1
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields of Sampling whose defaults are the endpoint's."""
 
 
 def chat_spec(wanted: ChatRequest, endpoint: EndpointConfig, new_seed: int) -> JobSpec:
@@ -22,12 +33,21 @@ def chat_spec(wanted: ChatRequest, endpoint: EndpointConfig, new_seed: int) -> J
             f"max_tokens and max_completion_tokens are two names of one limit; got {old} and {new}: give one", param="max_completion_tokens"
         )
     name = "max_tokens" if new is None else "max_completion_tokens"
-    return _spec(wanted, endpoint, new_seed, old if new is None else new, name, messages=wanted.messages)
+    return _spec(
+        wanted,
+        endpoint,
+        new_seed,
+        old if new is None else new,
+        name,
+        messages=wanted.messages,
+        top_logprobs=_top_logprobs(wanted.logprobs, wanted.top_logprobs),
+        truncate=wanted.truncate,
+    )
 
 
 def completion_spec(wanted: CompletionRequest, endpoint: EndpointConfig, new_seed: int) -> JobSpec:
     check_ids(wanted.prompt)
-    return _spec(wanted, endpoint, new_seed, wanted.max_tokens, "max_tokens", prompt=wanted.prompt)
+    return _spec(wanted, endpoint, new_seed, wanted.max_tokens, "max_tokens", prompt=wanted.prompt, top_logprobs=wanted.logprobs)
 
 
 def job_spec(wanted: JobRequest, endpoint: EndpointConfig, new_seed: int) -> JobSpec:
@@ -35,7 +55,28 @@ def job_spec(wanted: JobRequest, endpoint: EndpointConfig, new_seed: int) -> Job
         check_roles(wanted.messages)
     if wanted.prompt is not None:
         check_ids(wanted.prompt)
-    return _spec(wanted, endpoint, new_seed, wanted.max_tokens, "max_tokens", messages=wanted.messages, prompt=wanted.prompt)
+        if wanted.truncate is not None:
+            raise RequestRefused(
+                "truncate leaves turns of a chat out, and a prompt has none; give messages or no truncate", param="truncate"
+            )
+    return _spec(
+        wanted,
+        endpoint,
+        new_seed,
+        wanted.max_tokens,
+        "max_tokens",
+        messages=wanted.messages,
+        prompt=wanted.prompt,
+        top_logprobs=_top_logprobs(wanted.logprobs, wanted.top_logprobs),
+        truncate=wanted.truncate,
+    )
+
+
+def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None:
+    """JobSpec's number: None without logprobs."""
+    if top_logprobs is not None and not logprobs:
+        raise RequestRefused("top_logprobs needs logprobs to be true; set it, or leave top_logprobs out", param="top_logprobs")
+    return (top_logprobs or 0) if logprobs else None
 
 
 def _spec(
@@ -47,6 +88,8 @@ def _spec(
     *,
     messages: list[ChatMessage] | None = None,
     prompt: str | list[int] | None = None,
+    top_logprobs: int | None = None,
+    truncate: Truncate | None = None,
 ) -> JobSpec:
     if max_tokens is None:
         max_tokens = endpoint.default_max_tokens
@@ -55,17 +98,24 @@ def _spec(
             f"{max_tokens_name} may be {endpoint.max_tokens:,} at most for {endpoint.name}; got {max_tokens:,}; ask for less",
             param=max_tokens_name,
         )
+    if wanted.min_tokens > max_tokens:
+        raise RequestRefused(
+            f"min_tokens may be as high as {max_tokens_name} at most, {max_tokens:,} here; got {wanted.min_tokens:,}", param="min_tokens"
+        )
+    asked = {name: value for name in Sampling.model_fields if (value := getattr(wanted, name)) is not None}
     return JobSpec(
         messages=messages,
         prompt=prompt,
-        sampling=Sampling(
-            temperature=endpoint.temperature if wanted.temperature is None else wanted.temperature,
-            top_p=endpoint.top_p if wanted.top_p is None else wanted.top_p,
-            top_k=endpoint.top_k if wanted.top_k is None else wanted.top_k,
-        ),
+        sampling=Sampling(**{name: getattr(endpoint, name) for name in DEFAULTED} | asked),
         max_tokens=max_tokens,
+        min_tokens=wanted.min_tokens,
         stop=wanted.stop,
+        stop_token_ids=wanted.stop_token_ids,
+        ignore_eos=wanted.ignore_eos,
         seed=new_seed if wanted.seed is None else wanted.seed,
+        top_logprobs=top_logprobs,
+        response_format=wanted.response_format if wanted.response_format and wanted.response_format.type != "text" else None,
+        truncate=truncate,
     )
 
 

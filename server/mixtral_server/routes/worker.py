@@ -16,7 +16,7 @@ from mixtral_server.keys import shard_of
 from mixtral_server.routes.body import model_of, read_body, read_model
 from mixtral_server.routes.service import Route, Service
 
-OLDEST_PROTOCOL = 1
+OLDEST_PROTOCOL = 2  # an older worker would ignore what a job asks for beyond temperature, top_p and top_k
 
 
 async def open_session(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
