@@ -9,6 +9,20 @@ export interface ChatMessage {
   content: string;
 }
 
+export type ResponseFormat =
+  | { type: "text" }
+  | { type: "json_object" }
+  | { type: "json_schema"; json_schema: { name?: string; description?: string; schema: object; strict?: boolean } };
+
+/** Natural logarithm of a token's probability: the model's own, before temperature and penalties. */
+export interface TokenChance {
+  id: number;
+  text: string;
+  /** Hexadecimal; empty for a token without a text. */
+  bytes: string;
+  logprob: number;
+}
+
 /** A chat (messages) or a text to continue (prompt: text or token ids): give exactly one of the two. */
 export interface JobRequest {
   /** Name of an endpoint; default "mixtral_chat". */
@@ -21,8 +35,26 @@ export interface JobRequest {
   top_p?: number;
   /** 0 keeps every token. */
   top_k?: number;
+  /** Keeps tokens of at least this share of the best one's probability. */
+  min_p?: number;
+  /** Over prompt and answer; 1 is none. */
+  repetition_penalty?: number;
+  presence_penalty?: number;
+  frequency_penalty?: number;
+  /** Token id → what is added to its logit, -100 to 100. */
+  logit_bias?: Record<string, number>;
   seed?: number;
   stop?: string | string[];
+  stop_token_ids?: number[];
+  /** Before so many nothing ends the answer. */
+  min_tokens?: number;
+  ignore_eos?: boolean;
+  response_format?: ResponseFormat;
+  logprobs?: boolean;
+  /** Up to 20; needs logprobs. */
+  top_logprobs?: number;
+  /** A chat that is too long loses its oldest turns; otherwise it is refused. */
+  truncate?: "oldest_turns";
   /** 0 is served first, 9 last. */
   priority?: number;
   /** Give up if no worker has begun by then. */
@@ -45,6 +77,8 @@ export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
   total_tokens: number;
+  /** Messages left out of the prompt because of `truncate`. */
+  dropped_messages: number;
 }
 
 export interface Timings {
@@ -84,7 +118,7 @@ export interface Model {
 export type JobEvent = { id: string } & (
   | { event: "queued"; position: number; eta_s: number | null; eta_p90_s: number | null }
   /** offset counts from 1; text may be "" while a character or a stop string is incomplete. */
-  | { event: "token"; offset: number; text: string }
+  | { event: "token"; offset: number; text: string; logprobs?: TokenChance & { top: TokenChance[] } }
   /** The job goes on at another worker, or waits for one; nothing that was sent is lost. */
   | { event: "moved"; attempt: number }
   /** Forget every token after offset `to`: they come anew. */

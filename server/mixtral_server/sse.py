@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from mixtral_client.protocol import JobEvent, TokenEvent
+from mixtral_client.protocol import JobEvent
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -27,8 +27,6 @@ without data."""
 def encode(event: JobEvent, event_id: str | None = None) -> bytes:
     """A native event: its name, its id when it has one, its fields as JSON."""
     fields = event.model_dump(mode="json", exclude={"event"})
-    if isinstance(event, TokenEvent) and event.logprobs is None:
-        del fields["logprobs"]  # not asked for
     return b"event: %b\n%b" % (event.event.encode(), chunk(fields, event_id))
 
 

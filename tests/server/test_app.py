@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 import redis
 
+from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.app import ROUTES, StartError, serve
 from mixtral_server.routes.service import Route, Stages
 from mixtral_server.settings import Settings
@@ -164,7 +165,7 @@ async def test_no_value_of_any_field_makes_the_server_fail(empty_redis: str, tmp
         "/v1/worker/sessions": {
             "endpoint": "mixtral_chat",
             "name": "",
-            "protocol": 1,
+            "protocol": PROTOCOL_VERSION,
             "version": "",
             "model": "",
             "device": "",
@@ -437,7 +438,7 @@ async def test_waiting_worker_turn_is_answered_when_the_server_closes(empty_redi
         login = {
             "endpoint": "mixtral_chat",
             "name": "",
-            "protocol": 1,
+            "protocol": PROTOCOL_VERSION,
             "version": "",
             "model": "",
             "device": "",

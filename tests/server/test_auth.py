@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.apikeys import ApiKey, hash_of, new_secret, prefix_of
 from mixtral_server.auth import COOKIE, KeyRing, network_of
 from mixtral_server.errors import Unavailable
@@ -85,7 +86,7 @@ async def test_key_for_one_endpoint_is_refused_at_another(server: LiveServer) ->
     login = {
         "endpoint": "mixtral_chat",
         "name": "",
-        "protocol": 1,
+        "protocol": PROTOCOL_VERSION,
         "version": "",
         "model": "",
         "device": "",
@@ -107,7 +108,7 @@ async def test_turn_that_waits_with_a_revoked_key_gets_no_job(empty_redis: str, 
         login = {
             "endpoint": "mixtral_chat",
             "name": "",
-            "protocol": 1,
+            "protocol": PROTOCOL_VERSION,
             "version": "",
             "model": "",
             "device": "",

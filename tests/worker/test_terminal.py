@@ -118,6 +118,26 @@ def test_a_system_prompt_holds_from_the_next_answer_on_until_it_is_taken_away(ch
     terminal.read_until("conversation forgotten\n> ")
 
 
+def test_how_answers_are_drawn_can_be_set_and_a_wrong_value_changes_nothing(chat: tuple[Terminal, Torchrun], tiny: Path) -> None:
+    terminal, _ = chat
+    terminal.type("/set temperature 9\n")
+    terminal.read_until("temperature: Input should be less than or equal to 2\n> ")
+    terminal.type("/set repetition_penalty 8\n")
+    terminal.read_until("repetition_penalty 8, presence_penalty 0, frequency_penalty 0\n> ")
+    terminal.type("c\n")
+    terminal.read_until("\n> ")
+    terminal.type("/set repetition_penalty 1\n")
+    terminal.read_until("repetition_penalty 1,")
+    terminal.read_until("> ")
+    terminal.type("/reset\n")
+    terminal.read_until("conversation forgotten\n> ")
+    terminal.type("c\n")
+    terminal.read_until("c\n" + answer(tiny, ("user", "c")) + "\n")
+    terminal.read_until("> ")
+    terminal.type("/reset\n")
+    terminal.read_until("conversation forgotten\n> ")
+
+
 def test_lines_pasted_together_are_one_message(chat: tuple[Terminal, Torchrun], tiny: Path) -> None:
     terminal, _ = chat
     terminal.type("Two\nlines\n")

@@ -16,10 +16,12 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from mixtral_client.protocol import ChatMessage, FrameError, JobSpec, Sampling, WorkerJob
+from pydantic import ValidationError
+
+from mixtral_client.protocol import ChatMessage, FrameError, JobSpec, Sampling, SamplingFields, WorkerJob
 from mixtral_worker.loop import Batch, Crew, advance
 from mixtral_worker.telemetry import LOG
 
@@ -29,6 +31,7 @@ CTRL_C = b"\x03"
 HELP = """\
 /system TEXT   set the system prompt; without TEXT, take it away
 /reset         forget the conversation, keep the system prompt
+/set NAME N    how answers are drawn: temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty
 /stats         figures of the last answer and of the conversation
 /quit          leave (so does Ctrl-D)
 /help          this list
@@ -121,11 +124,24 @@ class TerminalChat:
         if command == "/reset":
             self._turns.clear()
             return "conversation forgotten"
+        if command == "/set":
+            return self._set(*rest.split())
         if command == "/stats":
             numbers = self._batch.telemetry()
             kv = f"KV blocks {numbers.kv_blocks}, tokens so far {numbers.tokens_total}, turns {len(self._turns) // 2}"
             return f"{self._figures or 'no answer yet'}\n{kv}"
         return HELP if command == "/help" else f"no command {command}\n{HELP}"
+
+    def _set(self, name: str = "", value: str = "", *more: str) -> str:
+        fields = {field: getattr(self._manner.sampling, field) for field in Sampling.model_fields if field != "logit_bias"}
+        if name in fields and not more:
+            try:
+                wanted = SamplingFields.model_validate({name: value})
+            except ValidationError as error:
+                return f"{name}: {error.errors()[0]['msg']}"
+            fields[name] = getattr(wanted, name)
+            self._manner = replace(self._manner, sampling=Sampling(**fields))
+        return ", ".join(f"{field} {number:g}" for field, number in fields.items())
 
     # ------------------------------------------------------------------ one answer
 

@@ -15,7 +15,16 @@ from array import array
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 PROTOCOL_VERSION = 2
 """Version of the worker wire. A server refuses an older one with a sentence; unknown fields are ignored on both sides.
@@ -433,7 +442,14 @@ class TokenEvent(Wire):
     event: Literal["token"] = "token"
     offset: int
     text: str
-    logprobs: TokenLogprobs | None = Field(None, description="where the job asked for them")
+    logprobs: TokenLogprobs | None = Field(None, description="where the job asked for them; else there is no such field")
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked_for(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = fields_of(self)
+        if self.logprobs is None:
+            fields.pop("logprobs", None)
+        return fields
 
 
 class MovedEvent(Wire):

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.bench.house import ENDPOINT, BenchFailed
 
 HOST = "127.0.0.1"
@@ -96,7 +97,7 @@ def work(target: Target, plan: WorkerPlan) -> WorkerResult:
     """Answer every job with tokens whose text is the moment at which their turn was sent (monotonic ns)."""
     connection = target.connect()
     login = {
-        "endpoint": ENDPOINT, "name": "bench", "protocol": 1, "version": "1", "model": "none", "device": "none",
+        "endpoint": ENDPOINT, "name": "bench", "protocol": PROTOCOL_VERSION, "version": "1", "model": "none", "device": "none",
         "max_slots": plan.slots, "max_seq_len": 1 << 20,
     }  # fmt: skip
     session = call(connection, target.request("POST", "/v1/worker/sessions", json.dumps(login).encode()))["session"]

@@ -16,7 +16,7 @@ from mixtral_client.protocol import MAX_MESSAGES, ChatMessage, JobSpec, Sampling
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import RequestRefused
 from mixtral_server.routes.body import refusal
-from mixtral_server.routes.specs import check_roles
+from mixtral_server.routes.specs import check_roles, default_sampling
 
 DEFAULT_MAX_GEN_TOKENS = 2000  # AIME's own, where a request names none
 MOST_SHOWN = 30  # characters of a value that an error quotes
@@ -125,7 +125,7 @@ def spec_of(values: Mapping[str, Any], endpoint: EndpointConfig, new_seed: int) 
     return JobSpec(
         messages=messages or None,
         prompt=None if messages else prompt,
-        sampling=Sampling(temperature=values["temperature"], top_p=top_p, top_k=top_k),
+        sampling=Sampling(**default_sampling(endpoint) | {"temperature": values["temperature"], "top_p": top_p, "top_k": top_k}),
         max_tokens=values["max_gen_tokens"],
         seed=new_seed,
     )

@@ -6,6 +6,7 @@ Leaves to the worker what only the model can tell: the length in tokens, and whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mixtral_client.protocol import (
     MAX_TOKEN_ID,
@@ -20,9 +21,6 @@ from mixtral_client.protocol import (
 )
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import RequestRefused
-
-DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-"""Fields of Sampling whose defaults are the endpoint's."""
 
 
 def chat_spec(wanted: ChatRequest, endpoint: EndpointConfig, new_seed: int) -> JobSpec:
@@ -106,7 +104,7 @@ def _spec(
     return JobSpec(
         messages=messages,
         prompt=prompt,
-        sampling=Sampling(**{name: getattr(endpoint, name) for name in DEFAULTED} | asked),
+        sampling=Sampling(**default_sampling(endpoint) | asked),
         max_tokens=max_tokens,
         min_tokens=wanted.min_tokens,
         stop=wanted.stop,
@@ -117,6 +115,11 @@ def _spec(
         response_format=wanted.response_format if wanted.response_format and wanted.response_format.type != "text" else None,
         truncate=truncate,
     )
+
+
+def default_sampling(endpoint: EndpointConfig) -> dict[str, Any]:
+    """Fields of Sampling as the endpoint would have them."""
+    return {name: getattr(endpoint, name) for name in Sampling.model_fields if hasattr(endpoint, name)}
 
 
 def check_roles(messages: Sequence[ChatMessage]) -> None:

@@ -180,9 +180,7 @@ async def test_unknown_endpoint_and_too_old_protocol_are_refused(http: aiohttp.C
         assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
     async with http.post("/v1/worker/sessions", json=LOGIN | {"protocol": 0}, headers=as_worker) as answer:
         assert answer.status == 400
-        assert (
-            f"speaks worker protocol 1 to {PROTOCOL_VERSION}; the worker speaks 0: update it" in (await answer.json())["error"]["message"]
-        )
+        assert "speaks worker protocol 2 to 2; the worker speaks 0: update it" in (await answer.json())["error"]["message"]
 
 
 async def test_newer_workers_unknown_fields_are_ignored(http: aiohttp.ClientSession, as_worker: dict[str, str]) -> None:
