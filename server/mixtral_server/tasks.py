@@ -1,7 +1,7 @@
 """Ending tasks for sure.
 
-Under Python 3.11, asyncio.wait_for swallows a cancellation that comes in the moment its inner call ends, and redis-py sends every command
-through it. So one cancel() of a task that speaks to Redis may be lost: it is asked again until it has ended. Not at once, though: a second
+Under Python 3.11, asyncio.wait_for swallows a cancellation that comes in the moment its inner call ends, and libraries wait through it. So
+one cancel() of a task may be lost: it is asked again until it has ended. Not at once, though: a second
 cancel() that meets a task in its clean-up would break that off, and leave a database connection's thread behind.
 """
 

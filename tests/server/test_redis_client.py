@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from mixtral_server.errors import RedisUnavailable, Unavailable
 from mixtral_server.queue import JobQueue, QueueLimits
@@ -152,6 +153,17 @@ async def test_master_without_the_replicas_it_wants_takes_nothing(version: str) 
             await refused(redis, "NOREPLICAS")
 
 
+def is_loading(server: RedisProcess) -> bool:
+    with server.client() as client:
+        try:
+            client.ping()
+        except redis.BusyLoadingError:
+            return True
+        except redis.ConnectionError:
+            pass  # it does not listen yet
+    return False
+
+
 @pytest.mark.parametrize("version", ["6.2", "7.0"])
 async def test_redis_that_still_loads_its_log_is_asked_again_later(version: str) -> None:
     with RedisProcess(redis_binary(version), "--appendonly", "yes", "--key-load-delay", "100") as server:  # microseconds
@@ -161,7 +173,7 @@ async def test_redis_that_still_loads_its_log_is_asked_again_later(version: str)
             pipeline.execute()
         server.crash()
         server.start(is_awaited=False)
-        await until(server.socket.exists)
+        await until(lambda: is_loading(server))
         async with connect(server.url) as redis:
             await refused(redis, "BusyLoadingError")
         server.crash()
