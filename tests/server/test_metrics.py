@@ -86,6 +86,11 @@ def test_queue_numbers_are_those_of_this_scrape_alone() -> None:
     shown = metrics.render({"mixtral_chat": numbers}).decode()
     assert 'mixtral_queue_waiting{endpoint="mixtral_chat"} 3.0' in shown
     assert 'mixtral_jobs_ended_total{endpoint="mixtral_chat",state="done"} 4.0' in shown
+    assert 'mixtral_queue_waiting_tokens{endpoint="mixtral_chat"} 30.0' in shown
+    assert 'mixtral_queue_eta_error_seconds_bucket{endpoint="mixtral_chat",le="0.5"} 2.0' in shown
+    assert 'mixtral_queue_eta_error_seconds_count{endpoint="mixtral_chat"} 3.0' in shown
+    assert 'mixtral_queue_eta_error_seconds_sum{endpoint="mixtral_chat"} 7.5' in shown
+    assert 'mixtral_queue_eta_late_total{endpoint="mixtral_chat"} 1.0' in shown
     assert "mixtral_chat" not in metrics.render({}).decode()
 
 
