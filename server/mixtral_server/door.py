@@ -126,6 +126,16 @@ class Connection(RequestHandler):
             self._timer.cancel()
         super().connection_lost(error)
 
+    async def start(self) -> None:
+        if not self._close:
+            await super().start()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """The server ends. aiohttp closes idle connections first, and then waits the whole timeout for one that came after that and is
+        idle as well; here it is closed like the others."""
+        self.close()
+        await super().shutdown(timeout)
+
     def _close_if_silent(self) -> None:
         if self._request_count == 0:
             self.force_close()

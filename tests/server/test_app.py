@@ -16,9 +16,12 @@ from typing import Any
 import aiohttp
 import pytest
 import redis
+from aiohttp import web
 
 from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.app import ROUTES, StartError, serve
+from mixtral_server.door import listen, open_door
+from mixtral_server.metrics import Metrics
 from mixtral_server.routes.service import Route, Stages
 from mixtral_server.settings import Settings
 from support.http import PATIENCE_S, state_of, text_of, until
@@ -286,6 +289,24 @@ async def test_ten_thousand_turns_are_taken_and_one_more_is_refused(http: aiohtt
 
 
 # ---------------------------------------------------------------------------------------------- connections
+
+
+async def test_connection_that_comes_while_the_server_ends_is_not_waited_for() -> None:
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    assert runner.server is not None
+    listening = listen("127.0.0.1", 0)
+    listener = await open_door(replace(Settings(), header_timeout_s=600.0), Metrics(), runner.server, listening)
+    runner.server.pre_shutdown()  # what closes idle connections: the next comes too late for it
+    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    async with asyncio.timeout(PATIENCE_S):
+        while not runner.server.connections:  # noqa: ASYNC110 - aiohttp tells nobody
+            await asyncio.sleep(0.01)
+        await runner.server.shutdown(None)
+        assert await reader.read() == b""
+    await shut(writer)
+    listener.close()
+    await runner.cleanup()
 
 
 async def test_connections_over_the_limit_of_one_address_are_closed_and_a_place_is_free_again(empty_redis: str, tmp_path: Path) -> None:
