@@ -110,6 +110,9 @@ class Load:
         """Raises Broken for a history that was promised not to happen."""
         last = chat.events[-1][1]
         if isinstance(last, ErrorEvent) and last.error.code == "workers_died":
+            if not chat.job_id:  # a refusal names no job: of its proof only the strikes of the last minute are left
+                self.tally.dead.append(GivenUp(chat.content, "dead", 3, time.time() - 60.0, time.time()))
+                return
             told_s, view = time.time(), await self._view(chat)
             self.tally.dead.append(GivenUp(chat.job_id, view.state, view.attempt, view.created, told_s))
             return
