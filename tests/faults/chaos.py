@@ -150,7 +150,7 @@ async def _run(folder: Path, house: House, nginx: Nginx, seed: int, seconds: flo
         tasks = [asyncio.create_task(load.run(enough)), asyncio.create_task(_tell_progress(load.tally, chaos, began, seconds))]
         demo_task = asyncio.create_task(_demo_chats(readers, nginx.url, demo, enough)) if demo else None
         tasks += [demo_task] if demo_task else []
-        await chaos.run(schedule(seed, seconds, every_s))
+        await chaos.run(schedule(seed, seconds, every_s), began + seconds)
         await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
         ran_s = time.monotonic() - began
         enough.set()
