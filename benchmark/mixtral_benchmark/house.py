@@ -64,8 +64,11 @@ class Part:
             )
 
     async def kill(self) -> None:
-        """SIGKILL to it and to all that it started in its session."""
+        """SIGKILL to it and to all that it started, torchrun's ranks too, which have sessions of their own."""
         if self.process is not None:
+            for pid in [*_descendants(self.process.pid), self.process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             await self.process.wait()
@@ -97,6 +100,19 @@ class Part:
 
     def _last_words(self) -> str:
         return " | ".join(self.log.read_text(errors="replace").rstrip().splitlines()[-3:])
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children, their children and so on; none where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(pid, ()))
+    for child in found:  # grows as it goes
+        found += children.get(child, ())
+    return found
 
 
 async def _answers(http: aiohttp.ClientSession, url: str) -> bool:

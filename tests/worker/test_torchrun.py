@@ -11,7 +11,7 @@ import pytest
 
 from support.fake_server import KEY, serving
 from support.tiny_worker import TinyWorker, reference, write_tiny_worker
-from support.torchrun import ROOT, torchrun
+from support.torchrun import HANG_S, ROOT, torchrun
 
 STORY = [("user", "Tell me a story about a cat and a dog.")]
 ENVIRONMENT = {"MIXTRAL_WORKER_KEY": KEY}
@@ -74,6 +74,28 @@ async def test_a_rank_that_is_killed_ends_the_other_and_its_job_lapses_back_to_t
         await server.lapse()
         assert server.waiting == [job]
         assert job.ids == reference(TinyWorker.load(tiny), job.spec).ids[: len(job.ids)]
+
+
+async def test_ranks_whose_torchrun_was_killed_finish_their_chats_and_end_by_themselves(tiny: Path) -> None:
+    async with serving() as server:
+        arguments = ["--nproc_per_node", "2", "worker", "--ckpt_dir", str(tiny), "--api_server", server.url]
+        with torchrun(arguments, environment=ENVIRONMENT) as worker:
+            running = await server.put(messages=STORY, max_tokens=200)
+            await server.until(lambda: bool(running.ids))
+            ranks = [worker.rank(0), worker.rank(1)]
+            worker.process.kill()
+            await server.finished(running)
+            async with asyncio.timeout(HANG_S):
+                while any(map(is_alive, ranks)):  # noqa: ASYNC110 - nobody is told of the end of another's child
+                    await asyncio.sleep(0.05)
+        assert server.logouts == ["session-1"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_setting_that_cannot_work_is_one_sentence_from_rank_0_and_a_code_that_is_not_zero() -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from mixtral_worker.settings import Settings, SettingsRefused, parse
 from mixtral_worker.telemetry import LOG, line
-from mixtral_worker.watchdog import Signals
+from mixtral_worker.watchdog import Signals, end_with_torchrun
 
 FAILED, WRONG_SETTINGS = 1, 2
 
@@ -43,6 +43,7 @@ def main() -> None:
         _refuse(refused, WRONG_SETTINGS)
     if measures_flips:
         _flips(rank, settings)
+    end_with_torchrun()
     signals = Signals()  # before torch, whose threads must block the signals too
     _log_to_stderr(settings.log_level.upper() if rank == 0 else "ERROR", rank)
     LOG.info(line("starting", ckpt_dir=settings.ckpt_dir, ranks=os.environ.get("WORLD_SIZE", "1"), pid=os.getpid()))

@@ -1,4 +1,4 @@
-"""What ends a process from outside its step loop: a signal that asks for it, or a step that never returns.
+"""What ends a process from outside its step loop: a signal that asks for it, the end of its torchrun, or a step that never returns.
 
 Decides how both are noticed while the main thread sits in a collective or a kernel, where no Python signal handler would run. Leaves to
 loop.py what a stop means for the running jobs.
@@ -6,8 +6,10 @@ loop.py what a stop means for the running jobs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -16,6 +18,14 @@ from mixtral_worker.telemetry import LOG, line
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 STOPPING_STEP_LIMIT_S = 8.0  # torchrun sends SIGTERM also when another rank died: then the step we are in will not return
 CHECK_EVERY_S = 0.25
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_torchrun() -> None:
+    """Ask Linux for SIGTERM when the torchrun that started this rank is gone without having ended it, as after kill -9: nobody would end or
+    restart the rank any more, and it would hold its GPU. Elsewhere an operator has to."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Watchdog:
