@@ -204,6 +204,13 @@ class TcpConnection(_Bounded, Connection):
                 self._home.lost((self.host, self.port))
             raise
 
+    async def disconnect(self, nowait: bool = False, *more: Any, **named: Any) -> None:
+        writer = self._writer
+        await super().disconnect(nowait, *more, **named)
+        if nowait and writer is not None:
+            writer.transport.abort()  # a TLS goodbye would wait for the other side, perhaps longer than we live
+            await asyncio.sleep(0)  # it is gone with the loop's next round
+
     def _connection_arguments(self) -> dict[str, Any]:
         return {"host": self.host, "port": self.port} | ({"ssl": self._tls} if self._tls else {})
 

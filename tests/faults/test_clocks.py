@@ -63,7 +63,7 @@ async def test_leases_deadlines_and_answers_are_the_same_on_hosts_an_hour_apart(
         ahead = hired(skewed, shim, skewed.b.url, HOUR_S, BRISK)  # the worker ahead is at the server behind
         await ahead.hears("event=session_opened")
         assert hours_ahead(ahead) == 1
-        chats = [readers.start(f"chat {number}", seed=number, tokens=40, model=BRISK, by_client=number == 0) for number in range(3)]
+        chats = [readers.start(f"chat {number}", seed=number, tokens=300, model=BRISK, by_client=number == 0) for number in range(3)]
         await asyncio.gather(*(chat.reach(5) for chat in chats))
         behind = hired(skewed, shim, skewed.a.url, -HOUR_S, BRISK)
         await behind.hears("event=session_opened")

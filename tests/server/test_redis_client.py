@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from mixtral_server.errors import RedisUnavailable, Unavailable
 from mixtral_server.queue import JobQueue, QueueLimits
@@ -155,6 +157,7 @@ async def test_master_without_the_replicas_it_wants_takes_nothing(version: str) 
 
 def is_loading(server: RedisProcess) -> bool:
     with server.client() as client:
+        client.set_retry(Retry(NoBackoff(), 0))  # else it asks on until it is loaded
         try:
             client.ping()
         except redis.BusyLoadingError:

@@ -36,7 +36,7 @@ from mixtral_client.protocol import (
 
 KEY = "mx-worker-test"
 ENDPOINT = "mixtral_chat"
-HANG_S = 60.0
+HANG_S = 120.0
 
 
 @dataclass

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_S = 60.0
+HANG_S = 120.0
 
 
 class Torchrun:
