@@ -18,6 +18,7 @@ from mixtral_worker.telemetry import LOG, line
 from mixtral_worker.watchdog import Signals, end_with_torchrun
 
 FAILED, WRONG_SETTINGS = 1, 2
+SPEAKER_WITHIN_S = 10.0  # of the others, should the one that speaks never come to it
 
 
 def main() -> None:
@@ -115,9 +116,11 @@ def _end_with(work: Callable[[], int], rank: int) -> NoReturn:
 
 
 def _refuse(error: Exception, code: int) -> NoReturn:
-    """One sentence, from one process of each host."""
+    """One sentence, from one process of each host; the others wait for it, because torchrun ends all as soon as the first has ended."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"mixtral-worker: {error}", file=sys.stderr)
+    else:
+        time.sleep(SPEAKER_WITHIN_S)
     _end(code)
 
 
