@@ -17,16 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from mixtral_benchmark import compare, plots, report, side_by_side
-from mixtral_benchmark.chaos import REPLICAS, WORKERS, costs
+from mixtral_benchmark.chaos import REPLICAS, WORKERS
 from mixtral_benchmark.flags import Flags, parse
 from mixtral_benchmark.house import House, HouseError
-from mixtral_benchmark.intervals import confidence
-from mixtral_benchmark.run import Benchmark, Measured, NotRun
+from mixtral_benchmark.run import INTERRUPTED, NOT_RUN, OK, SOME_FAILED, Benchmark, NotRun
 from mixtral_benchmark.wires import Target
-
-OK, SOME_FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
-TABLE_COLUMNS = 120
-"""Width of the table where stdout is no terminal and says none."""
 
 
 async def benchmark(flags: Flags, target: Target) -> int:
@@ -69,8 +64,8 @@ async def _benchmark(flags: Flags, run: Benchmark) -> int:
 
 def publish(flags: Flags, run: Benchmark) -> bool:
     """Tables, the JSON object as the last line, then the files; False if one of them could not be written."""
-    outcomes = [outcome_of(measured, run) for measured in run.runs]
-    out = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
+    outcomes = [measured.outcome(run.server) for measured in run.runs]
+    out = report.stdout_console()
     for measured, outcome in zip(run.runs, outcomes, strict=True):
         report.show(out, measured.load.chats, outcome)
     is_sweep = len(flags.runs) > 1
@@ -86,13 +81,6 @@ def publish(flags: Flags, run: Benchmark) -> bool:
     }
     are_written = [_is_written(name, getattr(flags, name), write) for name, write in written.items()]
     return all(are_written)
-
-
-def outcome_of(measured: Measured, run: Benchmark) -> dict[str, Any]:
-    facts = report.circumstances(measured.flags.shown(), run.server)
-    load = measured.load
-    outcome = report.result(load.chats, measured.figures, facts, measured.client_cpu_share, confidence(load.chats))
-    return outcome | ({"kills": costs(measured.incidents, load.chats, load.started_s)} if measured.flags.chaos else {})
 
 
 def _is_written(name: str, path: Path | None, write: Callable[[Path], Any]) -> bool:

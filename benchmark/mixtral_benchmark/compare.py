@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_benchmark.report import FORMAT, ROWS, number
+from mixtral_benchmark.report import FORMAT, ROWS, level_of, number, stdout_console
 
 OK, NOT_COMPARED = 0, 2
 COLUMNS = 140
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     reader.add_argument("before", type=Path, metavar="A.json", help="as --json_file wrote it; of a sweep too")
     reader.add_argument("after", type=Path, metavar="B.json")
     given = reader.parse_args(argv)
-    out = Console(width=None if sys.stdout.isatty() else COLUMNS)
+    out = stdout_console(COLUMNS)
     try:
         pairs = list(paired(read(given.before), read(given.after)))
     except NotCompared as refused:
@@ -91,16 +91,11 @@ def paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tupl
     if "runs" not in before:
         yield "", before, after
         return
-    levels = {_level(run): run for run in after["runs"]}
-    common = [(level, run, levels[level]) for run in before["runs"] if (level := _level(run)) in levels]
+    levels = {level_of(run): run for run in after["runs"]}
+    common = [(level, run, levels[level]) for run in before["runs"] if (level := level_of(run)) in levels]
     if not common:
         raise NotCompared("the two sweeps have no level in common")
     yield from common
-
-
-def _level(run: Mapping[str, Any]) -> str:
-    flags = run["flags"]
-    return f"{flags['request_rate']:g} a second" if flags["request_rate"] is not None else f"{flags['concurrent_requests']} at once"
 
 
 def show(console: Console, label: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

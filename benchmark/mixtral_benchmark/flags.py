@@ -199,7 +199,8 @@ def _tokens(text: str) -> int:
     return _count(text[:-1]) * 1024 if text[-1:] in ("K", "k") else _count(text)
 
 
-def _levels(text: str) -> tuple[int, ...]:
+def levels(text: str) -> tuple[int, ...]:
+    """1,2,4: rising numbers of chats at once."""
     return tuple(_rising([_count(part) for part in text.split(",")], text))
 
 
@@ -210,10 +211,10 @@ def _rates(text: str) -> tuple[float, ...]:
 N = TypeVar("N", int, float)
 
 
-def _rising(levels: list[N], text: str) -> list[N]:
-    if sorted(set(levels)) != levels:
+def _rising(numbers: list[N], text: str) -> list[N]:
+    if sorted(set(numbers)) != numbers:
         raise argparse.ArgumentTypeError(f"must be rising numbers with commas between; got {text!r}")
-    return levels
+    return numbers
 
 
 def _temperature(text: str) -> float:
@@ -298,7 +299,7 @@ def _add_load(group: _Group) -> None:
     group.add_argument("--trace_speed", type=_positive, default=1.0, metavar="X", help="replay so many times as fast; default 1")
     group.add_argument(
         "--sweep_concurrency",
-        type=_levels,
+        type=levels,
         nargs="?",
         const=DEFAULT_CONCURRENCY_SWEEP,
         metavar="N,N,…",

@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from mixtral_benchmark.measure import Chat, frame_gaps_s, levels, streaming_span, ttft_s
+from mixtral_benchmark.report import level_of
 from mixtral_benchmark.run import Measured
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 64, 20, 44, 52
@@ -259,13 +260,6 @@ def _figures(outcomes: Sequence[Mapping[str, Any]]) -> str:
         cells = "".join(f'<td class="n">{_shown(run.get(key))}</td>' for key in keys)
         rows.append(f"<tr><th>{escape(level_of(run))}</th>{cells}</tr>")
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-
-
-def level_of(outcome: Mapping[str, Any]) -> str:
-    flags = outcome["flags"]
-    if flags["request_rate"] is not None:
-        return f"{flags['request_rate']:g} chats a second"
-    return f"trace {flags['trace']}" if flags.get("trace") else f"{flags['concurrent_requests']} at once"
 
 
 def _shown(value: float | None) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +30,9 @@ from mixtral_benchmark.wires import ServerFacts
 FORMAT = 1
 """Of the JSON object: counts up when a key changes its meaning or goes."""
 
+TABLE_COLUMNS = 120
+"""Width of the tables where stdout is no terminal and says none."""
+
 SATURATED_CPU_SHARE = 0.8
 """Above this share of one core, the benchmark itself may be what is slow."""
 
@@ -44,6 +48,19 @@ ROWS = {
     "server_prefill": "first token: prefill (server)",
     "network_ttft": "first token: the way there and back",
 }
+
+
+def stdout_console(columns: int = TABLE_COLUMNS) -> Console:
+    """For tables: as wide as the terminal, else so many columns."""
+    return Console(width=None if sys.stdout.isatty() else columns)
+
+
+def level_of(outcome: Mapping[str, Any]) -> str:
+    """How a run was loaded, in words: what tells the runs of a sweep apart."""
+    flags = outcome["flags"]
+    if flags["request_rate"] is not None:
+        return f"{flags['request_rate']:g} chats a second"
+    return f"trace {flags['trace']}" if flags.get("trace") else f"{flags['concurrent_requests']} at once"
 
 
 def circumstances(flags: Mapping[str, object], server: ServerFacts | None) -> dict[str, Any]:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import aiohttp
 from rich.console import Console
 
+from mixtral_benchmark import report
 from mixtral_benchmark.aime import AimeWire, ask_aime_server
 from mixtral_benchmark.arrivals import Pace, moments_s
 from mixtral_benchmark.calibrate import Ruler, calibrate
-from mixtral_benchmark.chaos import Incident, ResumingWire, break_things, clients_of
+from mixtral_benchmark.chaos import Incident, ResumingWire, break_things, clients_of, costs
 from mixtral_benchmark.flags import DEFAULT_REQUESTS, Flags
 from mixtral_benchmark.goals import goodput
 from mixtral_benchmark.house import House
+from mixtral_benchmark.intervals import confidence
 from mixtral_benchmark.load import Load, MonotonicClock, Plan
 from mixtral_benchmark.measure import Figure, figures
 from mixtral_benchmark.progress import Shown, note_silence, shown
@@ -52,6 +55,9 @@ from mixtral_benchmark.wires import (
 from mixtral_client.client import MixtralClient
 from mixtral_client.errors import MixtralError, NotAllowed, NotAuthenticated
 
+OK, SOME_FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes of whatever sends load."""
+
 WORTH_MORE = 1.05
 """More chats at once must bring at least so many times the tokens a second, or the server is saturated."""
 KEEPS_UP = 0.9
@@ -76,6 +82,12 @@ class Measured:
         load = self.load
         found = figures(load.chats, load.started_s, load.ended_s)
         return found | goodput(load.chats, load.ended_s - load.started_s, self.flags.goals) | {"unsent": load.unsent}
+
+    def outcome(self, server: ServerFacts | None, shown_flags: Flags | None = None) -> dict[str, Any]:
+        """The run's JSON object. shown_flags: those that it names, where they are not the ones that it ran with."""
+        load, facts = self.load, report.circumstances((shown_flags or self.flags).shown(), server)
+        found = report.result(load.chats, self.figures, facts, self.client_cpu_share, confidence(load.chats))
+        return found | ({"kills": costs(self.incidents, load.chats, load.started_s)} if self.flags.chaos else {})
 
 
 class Benchmark:
@@ -102,27 +114,26 @@ class Benchmark:
                 self._say(f"load     {flags.in_words}")
             if server.workers == 0:
                 self._say("no worker is logged in, so every chat will wait for one; start it with torchrun worker")
-            talks = await self._talks(http)
-            await self._warm_up(http, talks(self._flags.runs[0]))
-            for flags in self._flags.runs:
-                await self._measure(http, flags, talks(flags))
+            plans = await self._plans(http)
+            await self._warm_up(http, plans[0][1])
+            for flags, talks in plans:
+                await self._measure(http, flags, talks)
                 self.saturated = saturation(self.runs)
                 if self.saturated:
                     self._say(f"sweep over: {self.saturated}")
                     return
 
-    async def _talks(self, http: aiohttp.ClientSession) -> Callable[[Flags], Sequence[Talk]]:
-        """How to make a run's talks. Raises NotRun where the server cannot count tokens, or a file cannot be used."""
+    async def _plans(self, http: aiohttp.ClientSession) -> list[tuple[Flags, list[Talk]]]:
+        """Each run and its talks. Raises NotRun where the server cannot count tokens, or a file cannot be used."""
         flags = self._flags
         ruler = None
         try:
             lengths = trace_lengths(flags.trace) if flags.trace else set()
             if lengths or flags.input_tokens or flags.context_length:
                 ruler = await self._ruler(http)
-            talks_of(flags, ruler)
+            return [(run, talks_of(run, ruler)) for run in flags.runs]
         except PromptFileError as error:
             raise NotRun(str(error)) from error
-        return lambda run: talks_of(run, ruler)
 
     async def _ruler(self, http: aiohttp.ClientSession) -> Ruler:
         with shown("counting tokens", 2, self._clock.now, self._console) as watcher:

@@ -29,14 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_benchmark import report
-from mixtral_benchmark.flags import Flags, parse
+from mixtral_benchmark.flags import levels, parse
 from mixtral_benchmark.house import House, HouseError, Part, free_ports, program
-from mixtral_benchmark.intervals import confidence
-from mixtral_benchmark.run import Benchmark, NotRun
+from mixtral_benchmark.run import INTERRUPTED, NOT_RUN, OK, SOME_FAILED, Benchmark, NotRun
 from mixtral_benchmark.wires import Target
 
-OK, SOME_FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
-COLUMNS = 120
 OURS = "mixtral-chat"
 ENDPOINT = "mixtral_chat"
 
@@ -80,19 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     reader = argparse.ArgumentParser(
         prog="mixtral-benchmark side_by_side", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    reader.add_argument("--concurrency", type=_levels, default=(1, 8, 32), metavar="N,N,…", help="chats at once; default 1,8,32")
+    reader.add_argument("--concurrency", type=levels, default=(1, 8, 32), metavar="N,N,…", help="chats at once; default 1,8,32")
     reader.add_argument("--chats", type=int, default=32, metavar="N", help="chats of each run, at least one per place; default 32")
     reader.add_argument("--max_tokens", type=int, default=128, metavar="N", help="longest answer; default 128")
     reader.add_argument("--rounds", type=int, default=2, metavar="N", help="every contender is started and measured so often; default 2")
     reader.add_argument("--json_file", type=Path, metavar="PATH", help="also write the result, with every run whole, to this file")
     return reader
-
-
-def _levels(text: str) -> tuple[int, ...]:
-    levels = tuple(int(part) for part in text.split(","))
-    if not levels or min(levels) < 1:
-        raise argparse.ArgumentTypeError(f"must be numbers from 1 with commas between; got {text!r}")
-    return levels
 
 
 async def _compare(given: argparse.Namespace) -> int:
@@ -110,7 +100,7 @@ async def _compare(given: argparse.Namespace) -> int:
                     runs += [{"round": number, "contender": contender.name, **run} for run in measured]
     names = dict.fromkeys(run["contender"] for run in runs)
     lines = [_line(runs, name, level) for level in given.concurrency for name in names]
-    out = Console(width=None if sys.stdout.isatty() else COLUMNS)
+    out = report.stdout_console()
     out.print(_table(lines), highlight=False)
     failed = sum(run["failed"] for run in runs)
     if failed:
@@ -133,17 +123,11 @@ async def _measure(given: argparse.Namespace, contender: Contender, folder: Path
         load = ["--concurrent_requests", str(level), "--total_requests", str(total), "--warmup_requests", str(warmup)]
         chats = ["--prompt_file", str(prompts), "--max_tokens", str(given.max_tokens), "--temperature", "0"]
         flags, _ = parse([*target, *load, *chats], {})
-        outcomes.append(await _run(replace(flags, prompt_file=Path(prompts.name)), flags, contender.target, console))
+        benchmark = Benchmark(flags, contender.target, console)
+        await benchmark()
+        # The result names the prompts by what they are called here: their folder is gone with the run.
+        outcomes.append(benchmark.runs[0].outcome(benchmark.server, replace(flags, prompt_file=Path(prompts.name))))
     return outcomes
-
-
-async def _run(shown: Flags, flags: Flags, target: Target, console: Console) -> dict[str, Any]:
-    """shown: the flags as the result names them."""
-    benchmark = Benchmark(flags, target, console)
-    await benchmark()
-    measured = benchmark.runs[0]
-    facts = report.circumstances(shown.shown(), benchmark.server)
-    return report.result(measured.load.chats, measured.figures, facts, measured.client_cpu_share, confidence(measured.load.chats))
 
 
 # ---------------------------------------------------------------------------------------------- contenders

@@ -31,6 +31,7 @@ def main() -> None:
         from mixtral_worker import export
 
         sys.exit(0 if rank else export.main(argv[1:]))
+    end_with_torchrun()
     if rank and {"-h", "--help"} & set(argv):
         sys.exit(0)
     if argv[:1] == ["perplexity"]:
@@ -44,7 +45,6 @@ def main() -> None:
         _refuse(refused, WRONG_SETTINGS)
     if measures_flips:
         _flips(rank, settings)
-    end_with_torchrun()
     signals = Signals()  # before torch, whose threads must block the signals too
     _log_to_stderr(settings.log_level.upper() if rank == 0 else "ERROR", rank)
     LOG.info(line("starting", ckpt_dir=settings.ckpt_dir, ranks=os.environ.get("WORLD_SIZE", "1"), pid=os.getpid()))
