@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.kernels.cpu_forward import CpuForward
+from mixtral_worker.kernels.gpu_decode import GpuDecode
 from mixtral_worker.model import checkpoint
 from mixtral_worker.model.attention import Batch, Chunk, Decodes
 from mixtral_worker.model.config import ModelConfig
@@ -33,7 +34,7 @@ SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then 
 
 
 class Engine:
-    def __init__(self, model: Transformer, cache: KVCache, max_seq_len: int, vocab_size: int | None = None) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, max_slots: int, max_seq_len: int, vocab_size: int | None = None) -> None:
         self.model = model
         self.cache = cache
         self.config = model.config
@@ -42,7 +43,8 @@ class Engine:
         self.num_blocks = cache.store.shape[3]
         self.device = cache.store.device
         self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
-        self.fast = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens on a CPU
+        self.fast: CpuForward | GpuDecode | None = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens
+        self.fast = self.fast or GpuDecode.make(model, cache, self.rotation, self.vocab_size, max_slots)
         self.sample_s = 0.0  # spent on drawing ids since the start
         self._expert_tokens = torch.zeros(self.config.n_layers, self.config.n_experts, dtype=torch.int64, device=self.device)
 
@@ -74,7 +76,7 @@ class Engine:
         model.to_empty(device=device)
         checkpoint.load(model, Path(ckpt_dir), progress)
         blocks = num_blocks or max_slots * -(-max_seq_len // BLOCK_SIZE)
-        return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_seq_len, vocab_size)
+        return cls(model, KVCache(config, shard, blocks, BLOCK_SIZE, dtype, device), max_slots, max_seq_len, vocab_size)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> list[int]:
@@ -99,6 +101,11 @@ class Engine:
         steered = [(place, row.steering) for place, row in enumerate(drawing) if row.steering is not None]
         for _, steering in steered:
             steering.look_ahead()
+        if isinstance(self.fast, GpuDecode) and not steered and len(drawing) == len(plan.rows) and self.fast.takes(plan.rows):
+            self._wipe_new_blocks(plan.rows)
+            self.fast.remember(plan.rows)
+            drawn = self.fast.ids(plan.rows)
+            return [] if self.model.shard.index else drawn
         logits = self.logits(plan)
         if self.model.shard.index or not drawing:
             return []
@@ -113,7 +120,7 @@ class Engine:
         if not self.config.is_moe:
             return None
         counts: npt.NDArray[np.int64] = self._expert_tokens.cpu().numpy()
-        return counts + self.fast.expert_tokens.astype(np.int64) if self.fast else counts
+        return counts + self.fast.expert_tokens if self.fast else counts
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, last: Sequence[int] | None = None) -> Tensor:
@@ -125,7 +132,7 @@ class Engine:
         wanted = self._wanted(plan.rows, [row.samples for row in plan.rows] if last is None else last)
         if self.fast:
             self.fast.remember(plan.rows)
-            if sum(len(row.tokens) for row in plan.rows) <= self.fast.most_tokens:
+            if self.fast.takes(plan.rows):
                 return self.fast.logits(plan.rows, wanted)
         self._count_experts(self.device.type == "cpu" or plan.step % COUNT_EVERY == 0)
         logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._tensor(wanted))

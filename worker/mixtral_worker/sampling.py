@@ -52,8 +52,7 @@ def sample(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int],
 
 def gumbel(seeds: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
     """g of every token id. seeds [B], offsets [B], both int64 → [B, V] float32."""
-    key = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) + offsets)
-    first, second = _signed_low_word(key)[:, None], _signed_low_word(key >> 32)[:, None]
+    first, second = keys(seeds, offsets)[:, :, None].unbind(1)
     tokens = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
     x = first + tokens * _signed(0x9E3779B9, 32)  # [B, V]
     x ^= _shift(x, 16, 32)
@@ -65,6 +64,12 @@ def gumbel(seeds: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
     # A uniform variate from 31 bits; the clamp keeps what rounds up to 1 below it. Small ones, which win, keep all their bits.
     uniform = x.bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2**-31).clamp_max_(1 - 2**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def keys(seeds: Tensor, offsets: Tensor) -> Tensor:
+    """What the noise of a draw is made from. seeds [B], offsets [B], both int64 → [B, 2] int32."""
+    key = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) + offsets)
+    return torch.stack((_signed_low_word(key), _signed_low_word(key >> 32)), 1)
 
 
 def _scores(logits: Tensor, settings: Sequence[Sampling], offsets: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixtral_worker.kernels import build
+from mixtral_worker.kernels.tables import Tables
 from mixtral_worker.model.kv_cache import KVCache
 from mixtral_worker.model.moe import MoE
 from mixtral_worker.model.transformer import Transformer
@@ -65,10 +66,10 @@ class CpuForward:
         self._rotation = torch.view_as_real(rotation).contiguous()
         self._model = _describe(model, cache, self._rotation, self._layers)
         self._halves = 2 * len(model.layers)
-        self.most_tokens = MOST_TOKENS[model.embedding.dtype]
+        self._most_tokens = MOST_TOKENS[model.embedding.dtype]
         self._make_room(1)
-        self._tables = np.zeros((0, 0), np.int32)
-        self.expert_tokens = np.zeros((len(model.layers), model.config.n_experts), np.int32)  # chosen so often since the start
+        self._tables = Tables()
+        self._expert_tokens = np.zeros((len(model.layers), model.config.n_experts), np.int32)
 
     @classmethod
     def make(cls, model: Transformer, cache: KVCache, rotation: Tensor) -> CpuForward | None:
@@ -82,18 +83,14 @@ class CpuForward:
         return cls(functions, model, cache, rotation)
 
     def remember(self, rows: Sequence[Row]) -> None:
-        """Take in where these rows' blocks lie. Called for every step, also those that others compute: a row names what is new alone."""
-        slots, width = max(row.slot for row in rows) + 1, max(len(row.blocks) for row in rows)
-        if slots > len(self._tables) or width > self._tables.shape[1]:
-            wider = np.zeros((max(slots, len(self._tables)), max(2 * width, self._tables.shape[1])), np.int32)
-            wider[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
-            self._tables = wider
-        for row in rows:
-            if row.known < len(row.blocks):
-                self._tables[row.slot, row.known : len(row.blocks)] = row.blocks[row.known :]
+        """Called for every step, also those that others compute."""
+        self._tables.remember(rows)
+
+    def takes(self, rows: Sequence[Row]) -> bool:
+        return sum(len(row.tokens) for row in rows) <= self._most_tokens
 
     def logits(self, rows: Sequence[Row], wanted: Sequence[int]) -> Tensor:
-        """Store the keys and values of at most most_tokens tokens. wanted: places in the flat batch → their logits [len(wanted), V]."""
+        """Store the keys and values of rows that it takes. wanted: places in the flat batch → their logits [len(wanted), V]."""
         if all(len(row.tokens) == 1 for row in rows):
             flat = [(row.tokens[0], row.start, row.slot) for row in rows]
         else:
@@ -103,11 +100,11 @@ class CpuForward:
         if len(flat) > self._x.shape[1]:
             self._make_room(len(flat))
         logits = torch.empty(len(wanted), self._model.vocab)
-        at, tokens = numbers.ctypes.data, len(flat)
+        at, tokens, tables = numbers.ctypes.data, len(flat), self._tables.of_slots
         step = _Step(
-            *(tokens, len(wanted), self._tables.shape[1], torch.get_num_threads()),
-            *(at, at + 8 * tokens, at + 16 * tokens, places.ctypes.data, self._tables.ctypes.data),
-            *(self._x[0].data_ptr(), self._x[1].data_ptr(), logits.data_ptr(), self.expert_tokens.ctypes.data, self._scratch.data_ptr()),
+            *(tokens, len(wanted), tables.shape[1], torch.get_num_threads()),
+            *(at, at + 8 * tokens, at + 16 * tokens, places.ctypes.data, tables.ctypes.data),
+            *(self._x[0].data_ptr(), self._x[1].data_ptr(), logits.data_ptr(), self._expert_tokens.ctypes.data, self._scratch.data_ptr()),
         )
         if self._shard.count == 1:
             self._functions.run_halves(byref(self._model), byref(step), 0, self._halves + 1)
@@ -117,6 +114,11 @@ class CpuForward:
             self._shard.sum(self._x[1, :tokens])
         self._functions.run_halves(byref(self._model), byref(step), self._halves, self._halves + 1)
         return self._shard.concat(logits)
+
+    @property
+    def expert_tokens(self) -> npt.NDArray[np.int64]:
+        """How often each expert was chosen since the start. [L, E]"""
+        return self._expert_tokens.astype(np.int64)
 
     def _make_room(self, tokens: int) -> None:
         self._x = torch.empty(2, tokens, self._model.dim)  # the stream, and what a half layer adds to it

@@ -50,7 +50,8 @@ class MoE(nn.Module):
         if is_elsewhere is not None:
             pairs.masked_fill_(is_elsewhere, len(self.experts))  # behind all of this rank's
         order = pairs.argsort(stable=True)  # pairs sorted by expert
-        ends = torch.bincount(pairs, minlength=len(self.experts))[: len(self.experts)].cumsum(0)  # [E] where each expert's pairs end
+        # [E] where each expert's pairs end. Not by bincount: on a GPU it waits for the device to say how long its answer is.
+        ends = (pairs <= torch.arange(len(self.experts), device=x.device)[:, None]).sum(1)
         compute = self.compute_grouped if x.is_cuda else self.compute_each
         by_expert = compute(x[order // self.experts_per_token], ends)  # [P, dim], from ends[-1] on undefined
         out = torch.empty_like(by_expert).index_copy_(0, order, by_expert)
