@@ -14,8 +14,13 @@ from mixtral_worker.settings import SettingsRefused
 @pytest.mark.parametrize(
     ("argv", "ranks", "sentence"),
     [
-        (["--shapes", "demo,huge"], 1, "--shapes 'huge' is none of demo, large"),
+        (["--shapes", "demo,huge"], 1, "--shapes 'huge' is none of demo, large, 8x7b-4, 8x7b"),
         (["--peers", "vllm"], 1, "--peers 'vllm' is none of transformers, transformers-continuous, llama.cpp"),
+        (
+            ["--device", "cuda", "--peers", "llama.cpp"],
+            1,
+            "--peers llama.cpp is measured on a CPU only; give --device cpu, or leave it out",
+        ),
         (["--threads", "0"], 1, "--threads must be from 1 to 1024; given 0"),
         (["--rounds", "x"], 1, "argument --rounds: invalid int value: 'x'; see --help"),
         (["--json", "/nowhere/at/all.json"], 1, "/nowhere/at is no folder"),
@@ -24,8 +29,15 @@ from mixtral_worker.settings import SettingsRefused
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(argv: list[str], ranks: int, sentence: str) -> None:
     with pytest.raises(SettingsRefused) as refused:
-        bench_cli.parse(argv, ranks)
+        bench_cli.parse(argv, ranks, lambda: False)
     assert sentence in str(refused.value)
+
+
+def test_shapes_are_those_of_the_device_unless_named() -> None:
+    assert bench_cli.parse([], 1, lambda: True).shapes == ("8x7b-4", "8x7b")
+    assert bench_cli.parse(["--device", "cpu"], 1, lambda: True).shapes == ("demo", "large")
+    assert bench_cli.parse(["--shapes", "demo"], 1, lambda: True).shapes == ("demo",)
+    assert "llama.cpp" not in bench_cli.parse([], 1, lambda: True).peers
 
 
 def test_a_batchs_figure_counts_what_comes_after_everyones_first_token() -> None:
@@ -55,7 +67,7 @@ def test_this_engine_and_transformers_give_the_same_tokens_and_the_last_line_is_
 ) -> None:
     monkeypatch.setitem(bench.SHAPES, "tiny", bench.Shape(str(checkpoint), "float32", {1: 5, 8: 3}, 12))
     out = tmp_path / "result.json"
-    assert bench.run(Asked(("tiny",), ("transformers",), 1, 1, 0, out)) == 0
+    assert bench.run(Asked(("tiny",), ("transformers",), "cpu", 1, 1, 0, out)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     told = json.loads(last)
     assert json.loads(out.read_text()) == told
@@ -66,6 +78,7 @@ def test_this_engine_and_transformers_give_the_same_tokens_and_the_last_line_is_
         assert tiny["figures"][measure].keys() == {OURS, "transformers"}
         assert all(number > 0 for numbers in tiny["figures"][measure].values() for number in numbers)
         assert 0 < tiny["outside"][measure][0] < 1
+        assert tiny["bandwidth"][measure][0] > 0
     assert told["threads"] == 1
     assert told["packages"]["transformers"]
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from mixtral_worker import bench_report, export
-from mixtral_worker.bench_cli import OURS, Asked
+from mixtral_worker.bench_cli import OURS, WITHOUT_PEERS, Asked
 from mixtral_worker.bench_peers import GGUF, HUGGINGFACE, Answers, Chat
 from mixtral_worker.bench_report import Check, Result
 from mixtral_worker.demo import DEMO_CKPT_DIR
@@ -48,11 +48,13 @@ class Shape:
 SHAPES = {
     "demo": Shape(str(DEMO_CKPT_DIR), "float32", {1: 128, 8: 64, 32: 40}, 160),
     "large": Shape(LARGE, "bfloat16", {1: 16, 8: 8, 32: 6}, 16),
+    "8x7b-4": Shape(f"{RANDOM}8x7b,n_layers=4", "bfloat16", {1: 128, 8: 128, 32: 128}, 256),
+    "8x7b": Shape(f"{RANDOM}8x7b", "bfloat16", {1: 128, 8: 128, 32: 128}, 256),
 }
 
 
 def run(asked: Asked) -> int:
-    results = {name: _measure(SHAPES[name], asked) for name in asked.shapes}
+    results = {name: _measure(SHAPES[name], asked, () if name in WITHOUT_PEERS else asked.peers) for name in asked.shapes}
     report = {
         "benchmark": "engine beside its peers",
         **bench_report.circumstances(asked),
@@ -67,12 +69,12 @@ def run(asked: Asked) -> int:
     return 0
 
 
-def _measure(shape: Shape, asked: Asked) -> Result:
+def _measure(shape: Shape, asked: Asked, peers: Sequence[str]) -> Result:
     result = Result(shape.dtype)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _export(shape, asked.peers, folder)
-        everyone = {name: stack.enter_context(Contestant(name, shape, asked.threads, folder)) for name in (OURS, *asked.peers)}
+        _export(shape, peers, folder)
+        everyone = {name: stack.enter_context(Contestant(name, shape, asked, folder)) for name in (OURS, *peers)}
         _compare(everyone, shape, result, asked.seed)
         for turn in range(asked.rounds):
             names = list(everyone)
@@ -84,12 +86,16 @@ def _measure(shape: Shape, asked: Asked) -> Result:
                     result.figures.setdefault(measure, {}).setdefault(name, []).append(figure(measure, answers))
                     if answers.forward_s is not None:
                         result.outside.setdefault(measure, []).append(1 - answers.forward_s / answers.whole_s)
+                    if answers.bandwidth_share:
+                        result.bandwidth.setdefault(measure, []).append(answers.bandwidth_share)
             print(f"round {turn + 1} of {asked.rounds} done", file=sys.stderr, flush=True)
     return result
 
 
 def _export(shape: Shape, peers: Sequence[str], folder: Path) -> None:
     """The very weights that this engine reads, in the peers' forms."""
+    if not peers:
+        return
     model = export.read_model(Path(shape.ckpt_dir), dtype_of(shape.dtype, torch.device("cpu")))
     if "llama.cpp" in peers:
         export.write_gguf(model, folder / GGUF, None)
@@ -149,16 +155,22 @@ def _require_whole(name: str, chats: Sequence[Chat], answers: Answers) -> None:
 class Contestant:
     """One of those who are compared, in a process of its own."""
 
-    def __init__(self, name: str, shape: Shape, threads: int, exported: Path) -> None:
+    def __init__(self, name: str, shape: Shape, asked: Asked, exported: Path) -> None:
         self._name = name
         root = str(Path(__file__).parents[1])
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(asked.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
         environment["PYTHONPATH"] = os.pathsep.join([root, *sys.path])
         # Ours runs as it serves, its threads asleep while they wait (cli.py); the others as they come.
         environment.pop("OMP_WAIT_POLICY", None)
         if name == OURS:
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        command = [sys.executable, "-m", "mixtral_worker.bench_peers", name, shape.ckpt_dir, shape.dtype, str(threads), str(exported)]
+        arguments = [name, shape.ckpt_dir, shape.dtype, asked.device, str(asked.threads), str(exported)]
+        command = [sys.executable, "-m", "mixtral_worker.bench_peers", *arguments]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         began_s = time.monotonic()
         self._read()

@@ -1,6 +1,6 @@
 """Who takes part in `worker bench`: this engine and its peers, each answering the same chats, greedily and to the same length.
 
-`python -m mixtral_worker.bench_peers NAME CKPT_DIR DTYPE THREADS EXPORTED` serves one of them: a line of JSON in, the chats; a line of JSON
+`python -m mixtral_worker.bench_peers NAME CKPT_DIR DTYPE DEVICE THREADS EXPORTED` serves one of them: a line of JSON in, the chats; a line
 out, what it answered and when. Each runs in a process of its own, because their thread pools and what they read from the environment
 would get in each other's way. Decides how each peer is asked to do its best; what is asked, and what the times mean, is bench.py's.
 """
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from mixtral_client.protocol import JobSpec, WorkerJob
 from mixtral_client.protocol import Sampling as AskedSampling
-from mixtral_worker import ranks
+from mixtral_worker import bandwidth, ranks
+from mixtral_worker.account import Account
 from mixtral_worker.bench_cli import OURS
 from mixtral_worker.blocks import BLOCK_SIZE, BlockPool
 from mixtral_worker.demo import DEMO_CKPT_DIR
 from mixtral_worker.engine import Engine
+from mixtral_worker.loading import PRECISIONS
 from mixtral_worker.loop import Batch, Crew
 from mixtral_worker.plan import Kind, PlanCodec, Row, Sampling, StepPlan
 from mixtral_worker.scheduler import PREFILL_CHUNK, Scheduler
@@ -53,6 +55,7 @@ class Answers:
     first_s: list[float]
     whole_s: float
     forward_s: float | None = None  # of this engine: how much of that was spent in forward passes
+    bandwidth_share: float | None = None  # … and which share of the device's memory bandwidth these reached
 
 
 class Peer(Protocol):
@@ -62,12 +65,14 @@ class Peer(Protocol):
 class Ours:
     """The worker's real step loop, from the plan to the text; only the server is missing."""
 
-    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, threads: int, exported: Path) -> None:
-        self._engine = Engine.load(ckpt_dir, dtype=dtype, max_slots=MAX_SLOTS, max_seq_len=MAX_SEQ_LEN)
+    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, device: torch.device, threads: int, exported: Path) -> None:
+        self._engine = Engine.load(ckpt_dir, dtype=dtype, device=device, max_slots=MAX_SLOTS, max_seq_len=MAX_SEQ_LEN)
         torch.set_num_threads(threads)
         codec = PlanCodec(MAX_SLOTS, MAX_SEQ_LEN, PREFILL_CHUNK + MAX_SLOTS, BLOCK_SIZE)
         self._tokenizer = _Endless(self._engine.config.vocab_size)
-        self._crew = Crew(self._engine, ranks.Ranks(0, 1, self._engine.device, None), codec, Watchdog(0, 3600.0))
+        self._bytes_per_s = bandwidth.bytes_per_s(device, 1, 1)
+        account = Account(self._engine.config, PRECISIONS[dtype], self._bytes_per_s)
+        self._crew = Crew(self._engine, ranks.Ranks(0, 1, device, None), codec, Watchdog(0, 3600.0), account)
         self._asked = 0
 
     def answer(self, chats: Sequence[Chat]) -> Answers:
@@ -75,7 +80,7 @@ class Ours:
         batch = Batch(scheduler, self._tokenizer, "instruct")
         ids: list[list[int]] = [[] for _ in chats]
         first_s = [0.0] * len(chats)
-        before_s = float(self._crew.figures()["forward_s_total"])
+        before = self._crew.figures()
         began_s = time.perf_counter()
         for i, chat in enumerate(chats):
             spec = JobSpec(prompt=chat.prompt, sampling=AskedSampling(temperature=0), max_tokens=chat.new_tokens, seed=0)
@@ -90,13 +95,15 @@ class Ours:
                 assert piece.id is not None, piece
                 chat_ids.append(piece.id)
         whole_s = time.perf_counter() - began_s
-        return Answers(ids, first_s, whole_s, float(self._crew.figures()["forward_s_total"]) - before_s)
+        after = self._crew.figures()
+        forward_s, read = (after[name] - before[name] for name in ("forward_s_total", "step_bytes_total"))
+        return Answers(ids, first_s, whole_s, forward_s, read / forward_s / self._bytes_per_s if self._bytes_per_s else None)
 
     def margins(self, chat: Chat, ids: Sequence[int]) -> list[float]:
         """By how much each id of an answer is better than the best other one, computed from the whole context at once."""
         context = (*chat.prompt, *ids[:-1])
         row = Row(0, 0, context, tuple(range(-(-len(context) // BLOCK_SIZE))), True, 1, Sampling(0))
-        scores = self._engine.logits(StepPlan(Kind.STEP, 1, (row,)), [len(ids)]).float()
+        scores = self._engine.logits(StepPlan(Kind.STEP, 1, (row,)), [len(ids)]).float().cpu()
         own = scores.gather(1, torch.tensor(ids)[:, None])
         others = scores.scatter(1, torch.tensor(ids)[:, None], -torch.inf).max(-1, keepdim=True).values
         return [float(margin) for margin in (own - others)[:, 0]]
@@ -117,9 +124,9 @@ class _Endless(Tokenizer):
 class Transformers:
     """Hugging Face's generate: all chats in one batch, shorter prompts padded, all as long as the longest."""
 
-    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, threads: int, exported: Path) -> None:
+    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, device: torch.device, threads: int, exported: Path) -> None:
         torch.set_num_threads(threads)
-        self._model = _huggingface(exported)
+        self._model = _huggingface(exported).to(device)
 
     def answer(self, chats: Sequence[Chat]) -> Answers:
         from transformers import StoppingCriteriaList
@@ -127,11 +134,11 @@ class Transformers:
         width, longest = max(len(chat.prompt) for chat in chats), max(chat.new_tokens for chat in chats)
         ids = torch.tensor([[0] * (width - len(chat.prompt)) + chat.prompt for chat in chats])
         mask = torch.tensor([[0] * (width - len(chat.prompt)) + [1] * len(chat.prompt) for chat in chats])
-        clock = _FirstToken(len(chats))
+        clock = _FirstToken(len(chats), self._model.device)
         began_s = time.perf_counter()
         out = self._model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
             do_sample=False,
             max_new_tokens=longest,
             eos_token_id=None,
@@ -146,9 +153,9 @@ class Transformers:
 class _FirstToken:
     """Asked after each token whether to stop; notes when it was asked first."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, device: torch.device) -> None:
         self.first_s = 0.0
-        self._go_on = torch.zeros(rows, dtype=torch.bool)
+        self._go_on = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
         self.first_s = self.first_s or time.perf_counter()
@@ -158,12 +165,12 @@ class _FirstToken:
 class TransformersContinuous:
     """Hugging Face's continuous batching."""
 
-    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, threads: int, exported: Path) -> None:
+    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, device: torch.device, threads: int, exported: Path) -> None:
         import transformers
 
         library: Any = transformers
         torch.set_num_threads(threads)
-        self._model = _huggingface(exported)
+        self._model = _huggingface(exported).to(device)
         generation = library.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=MAX_SEQ_LEN)
         sizes = library.ContinuousBatchingConfig(
             page_size=32, num_blocks=MAX_SLOTS * MAX_SEQ_LEN // 32, max_batch_tokens=PREFILL_CHUNK + MAX_SLOTS, allow_block_sharing=False
@@ -197,7 +204,7 @@ class TransformersContinuous:
 class LlamaCpp:
     """llama.cpp through its low-level batch: as many sequences as there are chats, those that are done leave."""
 
-    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, threads: int, exported: Path) -> None:
+    def __init__(self, ckpt_dir: Path, dtype: torch.dtype, device: torch.device, threads: int, exported: Path) -> None:
         import llama_cpp
 
         self._c: Any = llama_cpp
@@ -277,12 +284,13 @@ PEERS: dict[str, type[Any]] = {
 
 
 def main() -> None:
-    name, ckpt_dir, dtype, threads, exported = sys.argv[1:]
+    name, ckpt_dir, dtype, kind, threads, exported = sys.argv[1:]
+    device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; the answers' line is ours alone
     folder = Path(ckpt_dir) if ckpt_dir.startswith(RANDOM) else Path(ckpt_dir).resolve()
     with torch.inference_mode():
-        peer = PEERS[name](folder, dtype_of(dtype, torch.device("cpu")), int(threads), Path(exported))
+        peer = PEERS[name](folder, dtype_of(dtype, device), device, int(threads), Path(exported))
         print(json.dumps("ready"), file=out, flush=True)
         for row in sys.stdin:
             asked = json.loads(row)

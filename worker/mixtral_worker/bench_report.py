@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,7 @@ GOALS = {
     ("large", "ttft", "transformers"): 1.0,
 }
 MOST_OUTSIDE = {"large": 0.05}
-PACKAGES = ("torch", "transformers", "llama_cpp_python")
+PACKAGES = ("torch", "triton", "transformers", "llama_cpp_python")
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
@@ -56,6 +57,7 @@ class Result:
     dtype: str
     figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     outside: dict[str, list[float]] = field(default_factory=dict)  # of this engine's time, the share outside the forward pass
+    bandwidth: dict[str, list[float]] = field(default_factory=dict)  # share of the device's that this engine's passes reached
     checks: dict[str, Check] = field(default_factory=dict)
 
 
@@ -69,6 +71,7 @@ def show(name: str, result: Result) -> None:
         table.add_column(peer, justify="right")
         table.add_column("ratio", justify="right")
     table.add_column("outside forward", justify="right")
+    table.add_column("of bandwidth", justify="right")
     for measure, figures in result.figures.items():
         cells = [TITLES[measure], _figure(measure, figures[OURS])]
         for peer in peers:
@@ -77,6 +80,7 @@ def show(name: str, result: Result) -> None:
         most = MOST_OUTSIDE.get(name)
         is_held = most is not None and measure.startswith("batch")
         cells.append(f"{outside:.1%}" + (f" ({'≤' if outside <= (most or 0) else 'above'} {most:.0%})" if is_held else ""))
+        cells.append(f"{statistics.median(result.bandwidth[measure]):.0%}" if measure in result.bandwidth else "")
         table.add_row(*cells)
     console.print(table)
     for peer, check in result.checks.items():
@@ -95,7 +99,8 @@ def circumstances(asked: Asked) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": _commit(),
-        "hardware": _hardware(),
+        "device": asked.device,
+        "hardware": _hardware(asked.device),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "threads": asked.threads,
@@ -116,7 +121,13 @@ def _ratio(name: str, measure: str, peer: str, figures: dict[str, list[float]]) 
     return f"{reached:.2f}×" + (f" ({'≥' if reached >= goal else 'below'} {goal:g})" if goal else "")
 
 
-def _hardware() -> str:
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        try:
+            return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return torch.cuda.get_device_name()
     try:
         rows = [row.partition(":") for row in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()]
     except OSError:  # not Linux

@@ -81,13 +81,19 @@ def _bench(rank: int, argv: Sequence[str]) -> NoReturn:
     from mixtral_worker import bench_cli
 
     try:
-        asked = bench_cli.parse(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        asked = bench_cli.parse(argv, int(os.environ.get("WORLD_SIZE", "1")), _has_card)
     except SettingsRefused as refused:
         _refuse(refused, WRONG_SETTINGS)
     _log_to_stderr("WARNING", rank)
     from mixtral_worker import bench
 
     _end_with(lambda: bench.run(asked), rank)
+
+
+def _has_card() -> bool:
+    import torch  # here, for it takes seconds
+
+    return torch.cuda.is_available()
 
 
 def _let_threads_sleep() -> None:
