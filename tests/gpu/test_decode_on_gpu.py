@@ -72,6 +72,18 @@ def test_every_size_of_batch_gives_the_modules_logits_at_mixtrals_widths(card: t
         assert error < 0.02, f"{rows} rows: relative error {error:.3g}"
 
 
+@pytest.mark.parametrize("tokens", [3, 40, 100, 200, 512])
+def test_experts_of_many_tokens_are_the_modules_at_mixtrals_widths(tokens: int, card: torch.device) -> None:
+    engine = load(Path("random:8x7b,n_layers=1,vocab_size=4096"), card, torch.bfloat16, 1)
+    moe = engine.model.layers[0].feed_forward
+    x = torch.randn(tokens, engine.config.dim, device=card, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        by_kernel = moe(x).float()
+        moe.grouped = None
+        by_torch = moe(x).float()
+    assert (by_kernel - by_torch).norm() / by_torch.norm() < 0.01
+
+
 def test_more_rows_than_any_graph_has_go_through_the_modules(card: torch.device, tmp_path: Path) -> None:
     engine = load(small_mixtral.write_checkpoint(tmp_path), card, torch.float32, SIZES[-1] + 1)
     plan = StepPlan(Kind.STEP, 1, tuple(row(engine, slot, 0, 1) for slot in range(SIZES[-1] + 1)))

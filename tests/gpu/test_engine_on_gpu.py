@@ -92,10 +92,10 @@ def test_draw_is_the_same_on_card_and_cpu_for_the_same_scores(device: torch.devi
 
 
 def test_engine_takes_the_memory_that_was_planned(card: torch.device) -> None:
-    folder = Path("random:7b")
+    folder = Path("random:mistral7b")
     config = ModelConfig.read(folder)
     free, _ = torch.cuda.mem_get_info(card)
-    plan = capacity.plan_memory(Wanted("7b", config, "bf16", "bf16", 4096, 4), Memory("card", free))
+    plan = capacity.plan_memory(Wanted("mistral7b", config, "bf16", "bf16", 4096, 4), Memory("card", free))
     before = torch.cuda.memory_allocated(card)
     engine = Engine.load(folder, device=card, dtype=torch.bfloat16, max_slots=4, max_seq_len=4096, num_blocks=plan.kv_tokens // 16)
     taken = torch.cuda.memory_allocated(card) - before

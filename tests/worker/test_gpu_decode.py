@@ -10,11 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral_worker.engine import Engine
 from mixtral_worker.kernels.gpu_decode import GpuDecode
 from mixtral_worker.model.config import ModelConfig
+from mixtral_worker.model.moe import MoE
+from mixtral_worker.model.parallel import Shard
 from mixtral_worker.plan import Kind, Row, Sampling, StepPlan
 from mixtral_worker.sampling import keys, sample
 from support import small_mixtral
@@ -119,3 +121,25 @@ def test_the_kernel_draws_what_sampling_draws(kernels: ModuleType) -> None:
         ids = torch.empty(48, dtype=torch.int32)
         kernels.draw(scores, vocab_size, numbers, words, ids)
         assert ids.tolist() == sample(scores[:, :vocab_size], settings, offsets).tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40, 130])
+@pytest.mark.parametrize("experts_here", [range(8), range(2, 5)], ids=["all", "three"])
+def test_the_kernel_for_many_tokens_computes_what_the_modules_experts_compute(
+    tokens: int, experts_here: range, kernels: ModuleType
+) -> None:
+    """Expert 3 has no token, and of three on this rank the tokens of others are left alone."""
+    grouped = importlib.import_module("mixtral_worker.kernels.triton_experts").grouped_experts
+    draw = torch.Generator().manual_seed(tokens)
+    moe = MoE(ModelConfig(48, 1, 1, 1, 48, 40, 64, 8, 2), Shard())
+    moe.experts = experts_here
+    for name, size in (("w13", (80, 48)), ("w2", (48, 40))):
+        setattr(moe, name, nn.Parameter(torch.randn(len(experts_here), *size, generator=draw) / 8, requires_grad=False))
+    x = torch.randn(tokens, 48, generator=draw)
+    pairs = torch.rand(tokens, 8, generator=draw).index_fill_(1, torch.tensor([3]), 0).topk(2).indices.flatten() - experts_here.start
+    is_here = (pairs >= 0) & (pairs < len(experts_here))
+    pairs = pairs.where(is_here, len(experts_here))
+    order = pairs.argsort(stable=True)
+    ends = (pairs <= torch.arange(len(experts_here))[:, None]).sum(1)
+    expected, found = moe.compute(x, order, ends), grouped(x, order, ends, moe.w13, moe.w2)
+    torch.testing.assert_close(found[is_here], expected[is_here], rtol=1e-4, atol=1e-5)

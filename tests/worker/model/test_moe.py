@@ -62,7 +62,7 @@ def test_parts_of_all_ranks_add_up_to_the_whole(
     count: int, ep_size: int, tokens: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if grouped:
-        monkeypatch.setattr(MoE, "compute_each", MoE.compute_grouped)
+        monkeypatch.setattr(MoE, "_one_after_another", MoE._all_at_once)
     whole, total = filled(CONFIG), torch.zeros(tokens, 32)
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
     for index in range(count):
@@ -118,4 +118,4 @@ def test_all_experts_in_one_product_equal_one_after_another(tokens: int) -> None
     generator = torch.Generator().manual_seed(tokens)
     ends = torch.randint(6, (tokens,), generator=generator).bincount(minlength=6).cumsum(0)
     x = torch.randn(tokens, 32, generator=generator)
-    torch.testing.assert_close(moe.compute_grouped(x, ends), moe.compute_each(x, ends), rtol=0, atol=1e-5)
+    torch.testing.assert_close(moe._all_at_once(x, ends), moe._one_after_another(x, ends), rtol=0, atol=1e-5)

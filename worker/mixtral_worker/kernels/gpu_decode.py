@@ -1,8 +1,8 @@
 """Decode steps on a card: Triton's kernels and cuBLAS in one CUDA graph per batch size.
 
 Decides when that way is taken: on an NVIDIA card from Ampere on, for steps of up to 64 rows of one token each. Every other step runs
-through the model's own modules, which compute the same on the same weights; the tests hold the two equal. A step of a graph costs the
-processor one call instead of some thousand, so the card never waits for it.
+through the model's own modules, with a kernel for their experts; they compute the same on the same weights, and the tests hold the two
+equal. A step of a graph costs the processor one call instead of some thousand, so the card never waits for it.
 """
 
 from __future__ import annotations
@@ -118,11 +118,15 @@ class GpuDecode:
         else:
             try:
                 kernels = importlib.import_module("mixtral_worker.kernels.triton_decode")
+                grouped = importlib.import_module("mixtral_worker.kernels.triton_experts").grouped_experts
             except ImportError as error:
                 reason = f"Triton cannot be used ({error}); pip install triton would make decoding faster"
         if not model.shard.least(kernels is not None, model.embedding.device) or kernels is None:
             LOG.info(line("kernel", path="torch", reason=reason or "another rank cannot use Triton"))
             return None  # ranks that compute in two ways would wait for each other in different places
+        for layer in model.layers:
+            if isinstance(layer.feed_forward, MoE):
+                layer.feed_forward.grouped = grouped
         began_s = time.monotonic()
         made = cls(kernels, model, cache, rotation, vocab_size, max_rows)
         LOG.info(line("kernel", path="triton", graphs=len(made._sizes), rows=made._sizes[-1].rows, after_s=time.monotonic() - began_s))

@@ -62,8 +62,8 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: T
 def route(x: Tensor, gate: Tensor, lengths: Tensor, per_token: int, renormalise: bool, weights: Tensor, counts: Tensor) -> None:
     """weights [T, all experts] float32: each row's experts, 0 for others and for rows of length 0; counts [all experts] of the chosen."""
     n_experts, dim = gate.shape
-    blocks = triton.next_power_of_2(n_experts), min(512, triton.next_power_of_2(dim))
-    _route[(len(x),)](x, gate, lengths, weights, counts, dim, n_experts, per_token, renormalise, *blocks, num_warps=8)
+    blocks = triton.next_power_of_2(n_experts), min(2048, triton.next_power_of_2(dim))
+    _route[(len(x),)](x, gate, lengths, weights, counts, dim, n_experts, per_token, renormalise, *blocks, num_warps=16)
 
 
 def rotate_and_store(qkv: Tensor, rotation: Tensor, lengths: Tensor, tables: Tensor, kv: Tensor, n_heads: int, block_size: int) -> None:
@@ -86,7 +86,7 @@ def attend(qkv: Tensor, lengths: Tensor, tables: Tensor, kv: Tensor, window: int
     splits, width = parts.shape[2], max(LEAST_ROWS, triton.next_power_of_2(head_dim))
     _attend[(rows, n_kv_heads, splits)](
         *(qkv, lengths, tables, kv, parts, head_dim**-0.5, kv.shape[2], tables.shape[1], window),
-        *(heads, n_kv_heads, group, head_dim, block_size, splits, rows_of_tile(group), TILE, width, _precision(qkv)),
+        *(heads, n_kv_heads, group, head_dim, block_size, splits, rows_of_tile(group), TILE, width, precision(qkv)),
         num_warps=4,
     )
 
@@ -106,7 +106,7 @@ def experts_up(x: Tensor, w13: Tensor, weights: Tensor, first_expert: int, out: 
     cut = UP[tile]
     _experts_up[(n_experts, triton.cdiv(hidden, cut.outputs))](
         *(x, w13, weights, out, rows, dim, hidden, weights.shape[1], first_expert),
-        *(tile, cut.outputs, cut.inputs, _precision(x)),
+        *(tile, cut.outputs, cut.inputs, precision(x)),
         **cut.told(tile, 2, x),
     )
 
@@ -118,7 +118,7 @@ def experts_down(x: Tensor, w2: Tensor, weights: Tensor, first_expert: int, part
     cut = DOWN[tile]
     _experts_down[(n_experts, triton.cdiv(dim, cut.outputs), splits)](
         *(x, w2, weights, parts, rows, dim, hidden, weights.shape[1], first_expert, triton.cdiv(hidden, splits * cut.inputs)),
-        *(splits, tile, cut.outputs, cut.inputs, _precision(x)),
+        *(splits, tile, cut.outputs, cut.inputs, precision(x)),
         **cut.told(tile, 1, x),
     )
 
@@ -139,7 +139,7 @@ def draw(logits: Tensor, vocab_size: int, numbers: Tensor, words: Tensor, ids: T
     sampling.keys makes of seed and offset.
     """
     block: int = triton.next_power_of_2(vocab_size)
-    _draw[(len(logits),)](logits, numbers, words, ids, logits.shape[1], vocab_size, block, num_warps=16 if block > 8192 else 4)
+    _draw[(len(logits),)](logits, numbers, words, ids, logits.shape[1], vocab_size, block, num_warps=32 if block > 8192 else 4)
 
 
 def down_splits(rows: int) -> int:
@@ -155,7 +155,7 @@ def _shared_bytes(device: torch.device) -> int:
     return found
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"  # the latter says nothing about products of 16 bits
 
 
@@ -475,13 +475,13 @@ def _draw(logits, numbers, words, ids, stride, vocab_size, BLOCK: tl.constexpr):
 def _lowest_kept(scores, weights, enough):
     """The highest score at which what lies there and above weighs enough; -inf if all together do not.
 
-    Found bit by bit, in the order of floats as integers: of negative ones all bits but the sign are turned over.
+    Found bit by bit, in the order of floats as integers: the sign turned over, of negative ones all bits.
     """
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    found = tl.min(order, 0) * 0 - 2147483648
-    for bit in range(32):
-        higher = found + (tl.cast(1, tl.int64) << (31 - bit))
+    bits = (scores + 0.0).to(tl.uint32, bitcast=True)  # -0 becomes 0
+    order = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    found = tl.min(order, 0) & 0
+    for bit in tl.static_range(32):
+        higher = found | (0x80000000 >> bit)
         found = tl.where(tl.sum(tl.where(order >= higher, weights, 0.0), 0) >= enough, higher, found)
     return tl.min(tl.where(order >= found, scores, float("inf")), 0)
 

@@ -1,5 +1,7 @@
 """The mixture of experts: each token goes through the two experts its router likes best."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,10 @@ from mixtral_worker.model.config import ModelConfig
 from mixtral_worker.model.parallel import Shard
 
 # T tokens this step, k experts per token, P = T·k pairs of token and expert, E experts of this rank, F hidden size of an expert on it.
+
+
+Grouped = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""x [T, dim], order [P], ends [E], w13, w2 → [P, dim]: see MoE.compute."""
 
 
 def route(logits: Tensor, experts_per_token: int, normalization: str = "renorm") -> tuple[Tensor, Tensor]:
@@ -32,6 +38,7 @@ class MoE(nn.Module):
         self.shard = shard
         self.experts_per_token = config.experts_per_token
         self.normalization = config.moe_normalization_mode
+        self.grouped: Grouped | None = None  # a kernel that computes what compute does, where the device has one
         self.expert_tokens: Tensor | None = None  # [all experts] where to count how many tokens chose each, if anywhere
         self.gate = nn.Parameter(torch.empty(config.n_experts, config.dim), requires_grad=False)
         self.w13 = nn.Parameter(torch.empty(len(self.experts), 2 * hidden, config.dim), requires_grad=False)  # [E, 2F, dim]
@@ -52,22 +59,29 @@ class MoE(nn.Module):
         order = pairs.argsort(stable=True)  # pairs sorted by expert
         # [E] where each expert's pairs end. Not by bincount: on a GPU it waits for the device to say how long its answer is.
         ends = (pairs <= torch.arange(len(self.experts), device=x.device)[:, None]).sum(1)
-        compute = self.compute_grouped if x.is_cuda else self.compute_each
-        by_expert = compute(x[order // self.experts_per_token], ends)  # [P, dim], from ends[-1] on undefined
-        out = torch.empty_like(by_expert).index_copy_(0, order, by_expert)
+        out = self.grouped(x, order, ends, self.w13, self.w2) if self.grouped else self.compute(x, order, ends)  # [P, dim]
         if is_elsewhere is not None:
             out.masked_fill_(is_elsewhere[:, None], 0)  # another rank adds them
         out = out.view(*weights.shape, -1)  # [T, k, dim]
         return self.shard.sum(torch.bmm(weights.to(out.dtype)[:, None], out).squeeze(1))
 
-    def compute_grouped(self, x: Tensor, ends: Tensor) -> Tensor:  # [P, dim] → [P, dim]
-        """All experts in two products; nothing waits for the GPU to say how many pairs each expert has."""
+    def compute(self, x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+        """x [T, dim] → [P, dim], what each pair's expert makes of its token; of pairs of no expert of this rank undefined.
+
+        order [P]: pairs sorted by expert; pair p is of token p // k. ends [E]: where each expert's pairs end in it.
+        """
+        gathered = x[order // self.experts_per_token]
+        by_expert = self._all_at_once(gathered, ends) if x.is_cuda else self._one_after_another(gathered, ends)
+        return torch.empty_like(by_expert).index_copy_(0, order, by_expert)
+
+    def _all_at_once(self, x: Tensor, ends: Tensor) -> Tensor:  # [P, dim] → [P, dim]
+        """Two products; nothing waits for the GPU to say how many pairs each expert has."""
         offsets = ends.to(torch.int32)
         gated, linear = F.grouped_mm(x, self.w13.transpose(1, 2), offs=offsets).chunk(2, dim=-1)  # each [P, F]
         return F.grouped_mm(F.silu(gated) * linear, self.w2.transpose(1, 2), offs=offsets)
 
-    def compute_each(self, x: Tensor, ends: Tensor) -> Tensor:  # [P, dim] → [P, dim]
-        """One expert after another, those without pairs left out: on a CPU a single token takes 73 µs instead of 88 (dim 256, F 256)."""
+    def _one_after_another(self, x: Tensor, ends: Tensor) -> Tensor:  # [P, dim] → [P, dim]
+        """Experts without pairs left out: on a CPU a single token takes 73 µs instead of 88 (dim 256, F 256)."""
         out, first = torch.empty_like(x), 0
         for w13, w2, last in zip(self.w13, self.w2, ends.tolist(), strict=True):
             if last > first:
