@@ -6,7 +6,7 @@ ids mean is the loop's. Every rank calls step with the same plan; rank 0 alone d
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixtral_worker.blocks import BLOCK_SIZE
 from mixtral_worker.kernels.cpu_forward import CpuForward
-from mixtral_worker.kernels.gpu_decode import GpuDecode
+from mixtral_worker.kernels.gpu_step import GpuStep
 from mixtral_worker.model import checkpoint
 from mixtral_worker.model.attention import Batch, Chunk, Decodes
 from mixtral_worker.model.config import ModelConfig
@@ -25,7 +25,7 @@ from mixtral_worker.model.moe import MoE
 from mixtral_worker.model.parallel import Shard
 from mixtral_worker.model.rope import rotations
 from mixtral_worker.model.transformer import Transformer
-from mixtral_worker.plan import Row, StepPlan
+from mixtral_worker.plan import Row, StepPlan, places
 from mixtral_worker.sampling import sample
 
 COUNT_EVERY = 16  # steps on a GPU, where one small kernel more per layer would be felt in each
@@ -43,8 +43,8 @@ class Engine:
         self.num_blocks = cache.store.shape[3]
         self.device = cache.store.device
         self.rotation = rotations(torch.arange(max_seq_len, device=self.device), self.config.head_dim, self.config.rope_theta)
-        self.fast: CpuForward | GpuDecode | None = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens
-        self.fast = self.fast or GpuDecode.make(model, cache, self.rotation, self.vocab_size, max_slots)
+        self.fast: CpuForward | GpuStep | None = CpuForward.make(model, cache, self.rotation)  # for steps of few tokens
+        self.fast = self.fast or GpuStep.make(model, cache, self.rotation, self.vocab_size, max_slots)
         self.sample_s = 0.0  # spent on drawing ids since the start
         self._expert_tokens = torch.zeros(self.config.n_layers, self.config.n_experts, dtype=torch.int64, device=self.device)
 
@@ -101,17 +101,16 @@ class Engine:
         steered = [(place, row.steering) for place, row in enumerate(drawing) if row.steering is not None]
         for _, steering in steered:
             steering.look_ahead()
-        if isinstance(self.fast, GpuDecode) and not steered and len(drawing) == len(plan.rows) and self.fast.takes(plan.rows):
+        if isinstance(self.fast, GpuStep) and not steered and self._is_fast(plan.rows, [1] * len(plan.rows)):
             self._wipe_new_blocks(plan.rows)
-            self.fast.remember(plan.rows)
-            drawn = self.fast.ids(plan.rows)
-            return [] if self.model.shard.index else drawn
+            ids = self.fast.ids(plan.rows)
+            return [] if self.model.shard.index else ids
         logits = self.logits(plan)
         if self.model.shard.index or not drawing:
             return []
         began_s = time.perf_counter()
         settings, offsets = [row.sampling for row in drawing], [row.offset for row in drawing]
-        ids: list[int] = sample(logits[:, : self.vocab_size], settings, offsets, steered).tolist()
+        ids = sample(logits[:, : self.vocab_size], settings, offsets, steered).tolist()
         self.sample_s += time.perf_counter() - began_s
         return ids
 
@@ -129,13 +128,12 @@ class Engine:
         With `last`: after so many last tokens of each row instead, [sum(last), V].
         """
         self._wipe_new_blocks(plan.rows)
-        wanted = self._wanted(plan.rows, [row.samples for row in plan.rows] if last is None else last)
-        if self.fast:
-            self.fast.remember(plan.rows)
-            if self.fast.takes(plan.rows):
-                return self.fast.logits(plan.rows, wanted)
+        last = [int(row.samples) for row in plan.rows] if last is None else last
+        if self._is_fast(plan.rows, last):
+            assert self.fast is not None
+            return self.fast.logits(plan.rows, last)
         self._count_experts(self.device.type == "cpu" or plan.step % COUNT_EVERY == 0)
-        logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._tensor(wanted))
+        logits: Tensor = self.model(self._batch(plan.rows), self.cache, self._tensor(places(plan.rows, last)))
         return logits
 
     def _count_experts(self, wanted: bool) -> None:
@@ -196,10 +194,11 @@ class Engine:
         window = self.config.sliding_window
         return max(0, row.start + 1 - window) // self.cache.block_size if window else 0
 
-    def _wanted(self, rows: Sequence[Row], last: Sequence[int]) -> list[int]:
-        """Places in the flat batch of so many last tokens of each row."""
-        ends = accumulate(len(row.tokens) for row in rows)
-        return [place for end, count in zip(ends, last, strict=True) for place in range(end - count, end)]
+    def _is_fast(self, rows: Sequence[Row], last: Sequence[int]) -> bool:
+        if self.fast is None:
+            return False
+        self.fast.remember(rows)
+        return self.fast.takes(rows, last)
 
     def _wipe_new_blocks(self, rows: Sequence[Row]) -> None:
         size = self.cache.block_size

@@ -9,9 +9,10 @@ where whole tables would be 530 KB. How a token is drawn does not travel either:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,12 @@ class StepPlan:
     kind: Kind
     step: int = 0  # counts the steps of this worker; every rank names it when it fails
     rows: tuple[Row, ...] = ()  # those of one token first, each kind by rising end
+
+
+def places(rows: Sequence[Row], last: Sequence[int]) -> list[int]:
+    """Where, in the flat batch of the rows' tokens, so many last tokens of each row are."""
+    ends = accumulate(len(row.tokens) for row in rows)
+    return [place for end, count in zip(ends, last, strict=True) for place in range(end - count, end)]
 
 
 def max_new_blocks(max_slots: int, max_seq_len: int, max_step_tokens: int, block_size: int) -> int:

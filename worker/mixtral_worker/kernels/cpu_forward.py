@@ -22,7 +22,7 @@ from mixtral_worker.kernels.tables import Tables
 from mixtral_worker.model.kv_cache import KVCache
 from mixtral_worker.model.moe import MoE
 from mixtral_worker.model.transformer import Transformer
-from mixtral_worker.plan import Row
+from mixtral_worker.plan import Row, places
 from mixtral_worker.telemetry import LOG, line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -86,24 +86,25 @@ class CpuForward:
         """Called for every step, also those that others compute."""
         self._tables.remember(rows)
 
-    def takes(self, rows: Sequence[Row]) -> bool:
+    def takes(self, rows: Sequence[Row], last: Sequence[int]) -> bool:
         return sum(len(row.tokens) for row in rows) <= self._most_tokens
 
-    def logits(self, rows: Sequence[Row], wanted: Sequence[int]) -> Tensor:
-        """Store the keys and values of rows that it takes. wanted: places in the flat batch → their logits [len(wanted), V]."""
+    def logits(self, rows: Sequence[Row], last: Sequence[int]) -> Tensor:
+        """Store the keys and values of rows that it takes → logits after so many last tokens of each, [sum(last), V]."""
+        wanted = places(rows, last)
         if all(len(row.tokens) == 1 for row in rows):
             flat = [(row.tokens[0], row.start, row.slot) for row in rows]
         else:
             flat = [(token, row.start + i, row.slot) for row in rows for i, token in enumerate(row.tokens)]
         numbers: npt.NDArray[Any] = np.array(flat, np.int64).T.copy()  # [3, T]
-        places = np.array(wanted, np.int64)
+        at_wanted = np.array(wanted, np.int64)
         if len(flat) > self._x.shape[1]:
             self._make_room(len(flat))
         logits = torch.empty(len(wanted), self._model.vocab)
         at, tokens, tables = numbers.ctypes.data, len(flat), self._tables.of_slots
         step = _Step(
             *(tokens, len(wanted), tables.shape[1], torch.get_num_threads()),
-            *(at, at + 8 * tokens, at + 16 * tokens, places.ctypes.data, tables.ctypes.data),
+            *(at, at + 8 * tokens, at + 16 * tokens, at_wanted.ctypes.data, tables.ctypes.data),
             *(self._x[0].data_ptr(), self._x[1].data_ptr(), logits.data_ptr(), self._expert_tokens.ctypes.data, self._scratch.data_ptr()),
         )
         if self._shard.count == 1:

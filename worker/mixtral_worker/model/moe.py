@@ -48,20 +48,26 @@ class MoE(nn.Module):
         """The router's choice for x [T, dim] → weights [T, k] float32, experts [T, k]. The same on every rank."""
         return route(F.linear(x.float(), self.gate.float()), self.experts_per_token, self.normalization)
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, dim] → [T, dim]
+    def forward(self, x: Tensor, is_padding: Tensor | None = None) -> Tensor:
+        """x [T, dim] → [T, dim]; 0 for rows of padding [T], which no expert computes."""
         weights, experts = self.choose(x)
+        per_token = experts.shape[1]
+        is_left_out = None if is_padding is None else is_padding.repeat_interleave(per_token, output_size=experts.numel())  # [P]
         if self.expert_tokens is not None:
-            self.expert_tokens.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
+            is_counted = torch.ones_like(experts).flatten() if is_left_out is None else (~is_left_out).long()
+            self.expert_tokens.scatter_add_(0, experts.flatten(), is_counted)
         pairs = experts.flatten() - self.experts.start  # [P]
-        is_elsewhere = (pairs < 0) | (pairs >= len(self.experts)) if self.shard.ep_size > 1 else None
-        if is_elsewhere is not None:
-            pairs.masked_fill_(is_elsewhere, len(self.experts))  # behind all of this rank's
+        if self.shard.ep_size > 1:  # another rank computes the others
+            is_elsewhere = (pairs < 0) | (pairs >= len(self.experts))
+            is_left_out = is_elsewhere if is_left_out is None else is_left_out | is_elsewhere
+        if is_left_out is not None:
+            pairs.masked_fill_(is_left_out, len(self.experts))  # behind all of this rank's
         order = pairs.argsort(stable=True)  # pairs sorted by expert
         # [E] where each expert's pairs end. Not by bincount: on a GPU it waits for the device to say how long its answer is.
         ends = (pairs <= torch.arange(len(self.experts), device=x.device)[:, None]).sum(1)
         out = self.grouped(x, order, ends, self.w13, self.w2) if self.grouped else self.compute(x, order, ends)  # [P, dim]
-        if is_elsewhere is not None:
-            out.masked_fill_(is_elsewhere[:, None], 0)  # another rank adds them
+        if is_left_out is not None:
+            out.masked_fill_(is_left_out[:, None], 0)
         out = out.view(*weights.shape, -1)  # [T, k, dim]
         return self.shard.sum(torch.bmm(weights.to(out.dtype)[:, None], out).squeeze(1))
 
