@@ -28,7 +28,7 @@ from mixtral_worker.model.transformer import Transformer
 from mixtral_worker.plan import Row, StepPlan, places
 from mixtral_worker.sampling import sample
 
-COUNT_EVERY = 16  # steps on a GPU, where one small kernel more per layer would be felt in each
+COUNT_EVERY = 16  # steps of the modules on a GPU, where one small kernel more per layer would be felt in each
 
 SMALLEST_CLASS = 4  # contexts of up to 2⁴ blocks are computed together, then up to 2⁵, 2⁶ …: at most half of the work is padding
 
@@ -115,7 +115,10 @@ class Engine:
         return ids
 
     def expert_tokens(self) -> npt.NDArray[np.int64] | None:
-        """How many tokens each expert was chosen for since the start, [L, E]; on a GPU of every 16th step. None for a dense model."""
+        """How many tokens each expert was chosen for since the start, [L, E]. None for a dense model.
+
+        On a GPU of every step that a graph computes, and of every 16th other.
+        """
         if not self.config.is_moe:
             return None
         counts: npt.NDArray[np.int64] = self._expert_tokens.cpu().numpy()
