@@ -226,7 +226,12 @@ class Readers:
     def follow_again(self, chat: Chat) -> None:
         """Read on after an operator has brought the job back: the end it had is taken for none."""
         chat.events.pop()
+        self.follow(chat)
+
+    def follow(self, chat: Chat) -> None:
+        """Read a chat that was put already, in a task of its own."""
         chat.task = asyncio.create_task(self._follow(chat))
+        self._chats.append(chat)
 
     async def _follow(self, chat: Chat) -> None:
         turn = 0
