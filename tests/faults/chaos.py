@@ -54,7 +54,7 @@ One seed is one schedule of faults. What they meet depends on the machine, so a 
 
 MODEL, DEMO = "brisk", "mixtral_chat"
 SLOTS, TOKEN_MS = 8, 20.0
-FINISH_S = 90.0  # after the last fault is healed: a chat that is open then is stuck
+FINISH_S = 240.0  # after the last fault is healed: a chat that is open then is stuck
 DEMO_PROMPT = {"model": DEMO, "messages": [{"role": "user", "content": "Tell a long story: Once upon a time"}], "max_tokens": 48, "seed": 3}
 
 

@@ -17,7 +17,7 @@ from support.house import BRISK, LEASES_S, STEADY, House, Program
 from support.parts import PartMissing
 from support.redis import RedisProcess, redis_binary
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SHIM = Path(__file__).parents[1] / "support" / "clock_shim.c"
 HOUR_S = 3600

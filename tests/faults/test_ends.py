@@ -19,7 +19,7 @@ from support.house import STEADY, House, Program
 from support.http import until
 from support.ports import free_port
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 BRIEF = ("--ready_delay_s", "0.1", "--shutdown_grace_s", "2")
 

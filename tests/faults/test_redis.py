@@ -17,7 +17,7 @@ from support.http import until
 from support.redis import RedisProcess
 from support.toy_model import answer_to
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def started(readers: Readers, count: int, *, model: str, tokens: int = 48) -> list[Chat]:

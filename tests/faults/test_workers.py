@@ -17,7 +17,7 @@ from support.history import Chat, Readers
 from support.house import BRISK, STEADY, House, Program
 from support.http import until
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def reach(chats: list[Chat], offset: int) -> None:

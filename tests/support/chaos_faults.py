@@ -18,7 +18,7 @@ from support.house import House, Program, Replica
 
 WORKERS, REPLICAS = 4, 3
 LEASE_S = 3.0
-END_S = 60.0  # a process that was asked to end and is still there then is stuck
+END_S = 120.0  # a process that was asked to end and is still there then is stuck
 KINDS: dict[tuple[str, str], tuple[int, float, float]] = {
     # (what, how) → (how often against others, shortest, longest time in s that it lasts or its victim stays away)
     ("worker", "kill -9"): (4, 0.0, 1.0),

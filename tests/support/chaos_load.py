@@ -28,7 +28,7 @@ from support.toy_model import answer_to
 READERS = {"native": 14, "python client": 6, "openai stream": 6, "openai whole": 4, "javascript": 4, "canceller": 4}
 SCRIPT = Path(__file__).parents[1] / "faults" / "follow_chats.mjs"
 OPENAI_SILENCE_S = 30.0  # an answer that is not streamed is silent to its end
-VIEW_FOR_S = 60.0
+VIEW_FOR_S = 240.0
 PASSING_CODES = ("unavailable", "redis_unavailable")  # of an answer that ends in an error and is asked for anew
 
 
