@@ -31,7 +31,7 @@ test-gpu: $(DONE)/test  ## what only an NVIDIA card can show: exactness, memory,
 	@MIXTRAL_TEST_GPU=1 $(PY) -m pytest -q --durations=10 tests/gpu
 
 faults: $(DONE)/test  ## every row of the fault matrix (docs/reliability.md): real kills, stops and broken networks
-	@$(PY) -m pytest -q --durations=10 tests/faults
+	@$(PY) -m pytest -q --durations=10 tests/faults $$(grep -o 'tests/[a-z_/]*/test_[a-z_]*\.py::test_[a-z_0-9]*' docs/reliability.md | grep -v ^tests/faults/ | sort -u)
 
 chaos: SECONDS ?= 40
 chaos: $(DONE)/test  ## random faults under load, every chat checked to the token (SEED=1 SECONDS=40)

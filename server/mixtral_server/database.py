@@ -8,10 +8,10 @@ Leaves the tables to accounts.py and history.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -21,6 +21,8 @@ from sqlalchemy import Connection, MetaData, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+T = TypeVar("T")
 
 METADATA = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
@@ -116,11 +118,25 @@ def _upgrade(connection: Connection) -> tuple[str | None, str]:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.driver_connection.stop = _once(connection.driver_connection.stop)
     connection.isolation_level = None  # the driver must not begin or commit by itself: _begin_sqlite does, DDL included
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _once(stop: Callable[[], T]) -> Callable[[], T]:
+    """A stop() that its callers share. aiosqlite's own, called again, gives a future that nobody is left to resolve: its thread has ended.
+    Two cancellations of one call are enough for that, and the event loop would wait for that future until the process is killed."""
+    stopped: list[T] = []
+
+    def once() -> T:
+        if not stopped:
+            stopped.append(stop())
+        return stopped[0]
+
+    return once
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -31,6 +31,7 @@ from mixtral_server.errors import ServiceError
 from mixtral_server.routes.service import Stages
 from mixtral_server.settings import ENVIRONMENT_PREFIX, Settings
 from mixtral_server.siblings import Siblings
+from mixtral_server.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,15 @@ async def run_process(
     siblings: Siblings | None = None,
     stages: Stages | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Raises what serve() raises."""
+    """Serve until SIGTERM or SIGINT; one that comes before requests are taken breaks the start off. Raises what serve() raises."""
     gc.set_threshold(*GARBAGE_THRESHOLDS)
     stages = stages or Stages()
+    is_started = False
+
+    def started(one: Started) -> None:
+        nonlocal is_started
+        is_started = True
+        on_started(one)
 
     def stop(signum: int) -> None:
         if stages.leaving.is_set():
@@ -63,8 +70,17 @@ async def run_process(
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop, signum)
-    await serve(settings, endpoints, stages, on_started, listening=listening, siblings=siblings)
-    log.info("event=ended")
+    serving = asyncio.create_task(serve(settings, endpoints, stages, started, listening=listening, siblings=siblings))
+    leaving = asyncio.create_task(stages.leaving.wait())
+    try:
+        await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if is_started:
+            await asyncio.wait((serving,))
+    finally:
+        await end((serving, leaving))
+    if not serving.cancelled():
+        serving.result()
+    log.info("event=ended%s", "" if is_started else " while=starting")
 
 
 def tell_first_keys(settings: Settings, started: Started) -> None:

@@ -27,7 +27,7 @@ After the first third of the time, in which caches fill, no process may grow by 
 
 MODEL = "brisk"
 KEEP_S = 3.0
-FINISH_S = 60.0
+FINISH_S = 240.0
 ALLOWED_SHARE, ALLOWED_MB = 0.10, 6.0
 
 

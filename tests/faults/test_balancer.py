@@ -17,7 +17,7 @@ from support.nginx import Nginx
 from support.ports import free_port
 from support.toy_model import answer_to
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")

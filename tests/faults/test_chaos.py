@@ -12,7 +12,7 @@ from support.chaos_faults import KINDS, schedule
 SEED, SECONDS = 4, 25.0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_random_faults_under_load_lose_repeat_and_change_no_token(tmp_path: Path) -> None:
     outcome = run(tmp_path / "run", SEED, SECONDS)
     tell(outcome)

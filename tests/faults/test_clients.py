@@ -18,7 +18,7 @@ from support.history import Readers
 from support.house import STEADY, House
 from support.toy_model import answer_to
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 CALL = """
 import json, os, sys, urllib.request

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from mixtral_client.protocol import DoneEvent
-from support.history import Readers
+from support.history import Chat, Readers
 from support.house import BRISK, LEASES_S, STEADY, House, Program
 from support.parts import PartMissing
+from support.redis import RedisProcess, redis_binary
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SHIM = Path(__file__).parents[1] / "support" / "clock_shim.c"
 HOUR_S = 3600
@@ -43,6 +44,31 @@ def skewed(shim: Path, tmp_path: Path) -> Iterator[House]:
     skew(house.b, shim, -HOUR_S)
     with house:
         yield house
+
+
+@pytest.mark.parametrize("jump_s", [HOUR_S, -HOUR_S], ids=["ahead", "back"])
+async def test_redis_whose_own_clock_jumps_by_an_hour_ends_no_lease_and_no_deadline(shim: Path, tmp_path: Path, jump_s: int) -> None:
+    redis = RedisProcess(redis_binary("6.2"), "--appendonly", "yes", environment={"LD_PRELOAD": str(shim), "SKEW_S": "0"})
+    with House(tmp_path / "house", replicas=1, on=redis) as house:
+        async with Readers(house.urls, house.key("client")) as readers:
+            worker = await house.hire(endpoint=STEADY)
+            chats = [readers.start(f"chat {number}", seed=number, tokens=60, model=STEADY) for number in range(3)]
+            await asyncio.gather(*(chat.reach(5) for chat in chats))
+            waiting = Chat("for a worker that comes later", 7, 10, BRISK)
+            async with readers.http.post(f"{house.a.url}/v1/jobs", json=waiting.body | {"queue_timeout_s": 1800}) as answer:
+                waiting.job_id = (await answer.json())["id"]
+            redis.crash()
+            redis.environment["SKEW_S"] = str(jump_s)
+            redis.start()
+            with redis.client() as client:
+                assert abs(client.time()[0] - time.time() - jump_s) < HOUR_S / 2
+            await readers.ended(*chats)
+            assert [(await readers.view(chat)).attempt for chat in chats] == [1] * 3
+            assert worker.said().count("event=session_opened") == 1
+            assert (await readers.view(waiting)).state == "waiting"
+            await house.hire(endpoint=BRISK)
+            readers.follow(waiting)
+            await readers.ended(waiting)
 
 
 def hired(house: House, shim: Path, url: str, seconds: int, endpoint: str) -> Program:

@@ -126,10 +126,11 @@ class Follower:
             writer.transport.abort()
 
 
-READERS, CHATS, TOKENS, CUT_AFTER = 5_000, 50, 12, 5
+READERS, CHATS, TOKENS, CUT_AFTER = 5_000, 50, 8, 3
+CROWD_HANGS_S = 240.0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_five_thousand_readers_of_a_killed_replica_all_resume_at_another(tmp_path: Path) -> None:
     """They have some tokens; then their replica dies, and nobody but its readers is at the other when they come."""
     flags = ("--max_connections", "20000", "--max_connections_per_address", "20000", "--ping_s", "30")
@@ -148,7 +149,7 @@ async def test_five_thousand_readers_of_a_killed_replica_all_resume_at_another(t
             house.a.kill()
             await eventually(lambda: all(one.back_at_s for one in crowd))
             await house.hire(house.b.url, endpoint=STEADY, slots=CHATS, token_ms=400)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(CROWD_HANGS_S):
                 await asyncio.gather(*tasks)
     for one in crowd:
         ids = answer_to(one.chat.content, one.chat.seed, TOKENS).ids
@@ -159,6 +160,6 @@ async def test_five_thousand_readers_of_a_killed_replica_all_resume_at_another(t
 
 
 async def eventually(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(CROWD_HANGS_S):
         while not is_so():  # noqa: ASYNC110 - what is waited for happens in other processes
             await asyncio.sleep(0.1)

@@ -12,7 +12,7 @@ from support.history import Readers
 from support.house import STEADY, House
 from support.http import until
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def test_chats_go_on_while_the_database_is_down_and_its_ledger_catches_up(tmp_path: Path) -> None:

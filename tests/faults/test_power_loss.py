@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_client.protocol import ErrorEvent, JobEvent
+from mixtral_client.protocol import ErrorEvent, JobEvent, QueuedEvent
 from mixtral_server.cursor import Tokens
 from mixtral_server.errors import JobNotFound, RedisUnavailable, SessionLapsed
 from mixtral_server.queue import JobQueue, QueueLimits
@@ -38,7 +38,7 @@ class Acknowledged:
     jobs: list[str] = field(default_factory=list)  # 202 to a client
     tokens: dict[str, int] = field(default_factory=dict)  # job → last offset whose turn was answered to the worker
     shown: dict[str, int] = field(default_factory=dict)  # job → last offset that a reader has
-    told: list[JobEvent] = field(default_factory=list)  # to readers, beside tokens
+    told: list[JobEvent] = field(default_factory=list)  # to readers, beside tokens and places in the queue
 
     def copy(self) -> Acknowledged:
         return Acknowledged(list(self.jobs), dict(self.tokens), dict(self.shown))
@@ -86,7 +86,7 @@ class Scene:
                 for told in await follower.batch(1.0):
                     if isinstance(told, Tokens):
                         show(told)
-                    else:
+                    elif not isinstance(told.event, QueuedEvent):
                         self.seen.told.append(told.event)
 
     async def reach(self, more_tokens: int) -> None:
@@ -94,10 +94,19 @@ class Scene:
         total = self.seen.total
         await until(lambda: self.seen.total >= total + more_tokens)
 
+    async def between_syncs(self) -> None:
+        """Until nothing that was answered waits for a background sync to end."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                facts = await self.bench.redis.info("persistence")
+                if not facts["aof_pending_bio_fsync"] and not facts["aof_buffer_length"]:
+                    return
+
     def end_redis(self, *, power: bool, forgets_renames: bool = True) -> None:
         """kill -9; with power, its files keep what was synced. In one step of the event loop: nobody starts it again meanwhile."""
         pid = self.embedded.pid
         assert pid is not None
+        self.power.slow(0)  # for the Redis that comes after it
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + PATIENCE_S
         while is_alive(pid):
@@ -169,9 +178,51 @@ def version(request: pytest.FixtureRequest) -> str:
 async def test_killed_redis_loses_nothing_that_was_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, durability: Durability
 ) -> None:
+    """At standard: outside of the moment, once a second, in which the log is synced."""
     async with scene(tmp_path, monkeypatch, durability, version) as one:
+        if durability == "standard":
+            await one.between_syncs()
         one.end_redis(power=False)
         assert await one.found(one.seen.copy()) == (0, 0, 0)
+
+
+async def test_at_strict_a_kill_in_the_middle_of_a_sync_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    async with scene(tmp_path, monkeypatch, "strict", version) as one:
+        one.power.slow(60)
+        await one.reach(12)
+        one.end_redis(power=False)
+        assert await one.found(one.seen.copy()) == (0, 0, 0)
+
+
+async def test_at_standard_a_kill_in_the_middle_of_a_sync_loses_at_most_what_came_since_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Redis answers meanwhile, and writes nothing to its log."""
+    async with scene(tmp_path, monkeypatch, "standard", version) as one:
+        one.power.slow(1500)  # the next sync begins as soon as one has ended
+        syncs = one.power.syncs
+        await until(lambda: one.power.syncs >= syncs + 2)
+        safe, syncs = one.seen.copy(), one.power.syncs
+        await until(lambda: one.power.syncs > syncs)
+        await one.reach(30)
+        one.end_redis(power=False)
+        after = one.seen.copy()
+        assert await one.found(safe) == (0, 0, 0)
+        assert (await one.found(after))[1] > 0, "a kill that loses nothing shows that no sync was on its way"
+
+
+async def test_at_standard_a_kill_loses_2_s_at_most_however_long_a_sync_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    async with scene(tmp_path, monkeypatch, "standard", version) as one:
+        one.power.slow(60_000)
+        await asyncio.sleep(2 * 1.0)  # a sync that will not end has begun
+        safe = one.seen.copy()
+        await asyncio.sleep(2 * 2.0)  # what is tested is that so much time is enough, twice over
+        one.end_redis(power=False)
+        assert await one.found(safe) == (0, 0, 0)
 
 
 async def test_at_strict_a_power_loss_loses_nothing_that_was_acknowledged(

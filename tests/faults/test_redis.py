@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+from collections.abc import Callable
 
 import pytest
 import redis
@@ -13,9 +14,10 @@ import redis
 from support.history import Chat, OpenAIStream, Readers, read_openai
 from support.house import BRISK, LEASES_S, STEADY, House, Program
 from support.http import until
+from support.redis import RedisProcess
 from support.toy_model import answer_to
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def started(readers: Readers, count: int, *, model: str, tokens: int = 48) -> list[Chat]:
@@ -25,14 +27,14 @@ async def started(readers: Readers, count: int, *, model: str, tokens: int = 48)
     return chats
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize("end", [RedisProcess.stop, RedisProcess.crash], ids=["stopped", "killed"])
 async def test_restarted_redis_costs_a_pause_and_new_work_is_asked_to_come_again(
-    house: House, readers: Readers, by: signal.Signals
+    house: House, readers: Readers, end: Callable[[RedisProcess], None]
 ) -> None:
     await house.hire(endpoint=STEADY)
     chats = await started(readers, 3, model=STEADY)
     connections, comments = [chat.connections for chat in chats], [chat.comments for chat in chats]
-    house.redis.stop(by)
+    end(house.redis)
     for url, body in (("/v1/jobs", chats[0].body), ("/v1/chat/completions", chats[0].body)):
         async with readers.http.post(house.a.url + url, json=body) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "redis_unavailable")

@@ -15,7 +15,7 @@ from support.http import until
 from support.redis import RedisProcess
 from support.redis_kinds import ClusterRedis, SentinelRedis
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(240)
 
 SLOT = key_slot(f"{{{STEADY}.0}}".encode())
 

@@ -13,7 +13,7 @@ from support.house import BRISK, ROOT, STEADY, House
 from support.http import until
 from support.redis_kinds import PASSWORD, TlsRedis
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 [LINE] = re.findall(r"^ACL SETUSER mixtral on >PASSWORD (.*)$", PAGE, re.M)

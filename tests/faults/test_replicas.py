@@ -18,7 +18,7 @@ from support.house import STEADY, House, Replica
 from support.http import until
 from support.toy_model import answer_to
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 PARALLEL = 4
 

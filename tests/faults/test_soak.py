@@ -10,7 +10,7 @@ from faults.soak import Soaked, soak, tell
 from support.chaos_load import Tally
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_memory_holds_still_under_even_load(tmp_path: Path) -> None:
     soaked = soak(tmp_path / "soak", 45.0)
     tell(soaked)

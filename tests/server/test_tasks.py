@@ -22,7 +22,7 @@ async def test_task_that_swallows_cancellations_is_asked_until_it_ends() -> None
 
     task = asyncio.create_task(stubborn())
     await asyncio.sleep(0)  # it has begun
-    await end([task])
+    await end([task], ask_again_s=0.1)
     assert (task.cancelled(), swallowed) == (True, 3)
 
 

@@ -1,4 +1,4 @@
-"""The load of a chaos run: readers of five kinds, one chat after another, each chat checked to the token when it ends.
+"""The load of a chaos run: readers of six kinds, one chat after another, each chat checked to the token when it ends.
 
 Decides who asks for what and what a chat's end counts as. Leaves the judgement of a history to history.py.
 """
@@ -28,7 +28,8 @@ from support.toy_model import answer_to
 READERS = {"native": 14, "python client": 6, "openai stream": 6, "openai whole": 4, "javascript": 4, "canceller": 4}
 SCRIPT = Path(__file__).parents[1] / "faults" / "follow_chats.mjs"
 OPENAI_SILENCE_S = 30.0  # an answer that is not streamed is silent to its end
-VIEW_FOR_S = 60.0
+VIEW_FOR_S = 240.0
+PASSING_CODES = ("unavailable", "redis_unavailable")  # of an answer that ends in an error and is asked for anew
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Load:
                     await self._judge(chat)
                 except Broken as broken:
                     self.tally.broken.append(broken)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the reader was not served, and the run goes on to say so
+                    self.tally.broken.append(Broken("failed", f"{chat.content!r} (job {chat.job_id}) ended its reader: {error!r}"))
                 self.tally.count(kind, chat)
                 del self.tally.open[chat.content]
 
@@ -184,8 +187,12 @@ class Load:
                 raise Broken("wrong text", f"{chat.content!r} was told {seen.text!r}; the model says {expected.text!r}")
         if seen.is_done:
             self._take_text(chat, seen.text)
+        elif not seen.error:
+            raise Broken("lost", f"{chat.content!r} (job {chat.job_id}) came to an orderly end without [DONE] or an error: {seen.text!r}")
         elif seen.error == "workers_died":
             chat.events.append(("", dead()))
+        elif seen.error not in PASSING_CODES:
+            raise Broken("failed", f"{chat.content!r} (job {chat.job_id}) was broken off by {seen.error!r}")
 
     async def _take_whole(self, chat: Chat, answer: aiohttp.ClientResponse) -> None:
         body = await answer.json()

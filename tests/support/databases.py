@@ -7,9 +7,12 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import asyncpg
+import psutil
 
 from support.parts import PartMissing
 
@@ -52,6 +55,19 @@ class PostgresProcess:
     def stop(self) -> None:
         """As a crash leaves it; start() brings it back."""
         self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Connections stay open and are taken, and nothing is answered."""
+        postmaster = psutil.Process(int((self._folder / "data" / "postmaster.pid").read_text().split()[0]))
+        family = [postmaster, *postmaster.children()]
+        for one in family:
+            one.suspend()
+        try:
+            yield
+        finally:
+            for one in reversed(family):
+                one.resume()
 
     async def emptied(self) -> str:
         """The URL of its database, without what earlier tests left there."""

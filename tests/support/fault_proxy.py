@@ -28,6 +28,7 @@ class FaultProxy:
         self.url = ""
         self._may_ask, self._may_answer = asyncio.Event(), asyncio.Event()
         self._open: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._half_closed: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> FaultProxy:
         self.heal()
@@ -64,9 +65,10 @@ class FaultProxy:
 
     def half_close(self) -> None:
         """Callers hear that no more answers come, while the servers still take what they ask."""
-        for writers in list(self._open.values()):
+        for caller, *_ in self._open.values():
             with contextlib.suppress(OSError):
-                writers[0].write_eof()
+                caller.write_eof()
+                self._half_closed.add(caller)
 
     # ------------------------------------------------------------------------------------------ carrying
 
@@ -83,6 +85,7 @@ class FaultProxy:
             pass  # reset: the connection is all there is to this task
         finally:
             del self._open[task]
+            self._half_closed.discard(writer)
             for one in writers:
                 _break(one)
 
@@ -121,8 +124,9 @@ class FaultProxy:
             await asyncio.sleep(self.latency_s)
             self.held += 1
             await self._may_answer.wait()
-            writer.write(answered)
-            await writer.drain()
+            if writer not in self._half_closed:
+                writer.write(answered)
+                await writer.drain()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         for host, port in self._targets:

@@ -35,7 +35,7 @@ from mixtral_client.protocol import (
 )
 from mixtral_client.resume import EVENTS
 from mixtral_client.sse import SseDecoder
-from support.http import until
+from support.http import PATIENCE_S, until
 from support.toy_model import ToyAnswer, answer_to
 
 SILENCE_S = 8.0  # of a stream: comments come twice a second
@@ -106,7 +106,7 @@ class Chat:
     async def end(self) -> None:
         """Until the reader has the terminal event; raises what ended it early."""
         assert self.task is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await self.task
 
     def _has_failed(self) -> bool:
@@ -176,7 +176,8 @@ class Readers:
 
     async def __aenter__(self) -> Readers:
         self.http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {self._key}"}, connector=aiohttp.TCPConnector(limit=0))
-        self.client = MixtralClient(self._urls, self._key, retry=Retry(first_wait_s=RETRY_S, max_wait_s=1.0, give_up_after_s=60.0))
+        patient = Retry(first_wait_s=RETRY_S, max_wait_s=1.0, give_up_after_s=4 * PATIENCE_S)
+        self.client = MixtralClient(self._urls, self._key, retry=patient)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -226,7 +227,12 @@ class Readers:
     def follow_again(self, chat: Chat) -> None:
         """Read on after an operator has brought the job back: the end it had is taken for none."""
         chat.events.pop()
+        self.follow(chat)
+
+    def follow(self, chat: Chat) -> None:
+        """Read a chat that was put already, in a task of its own."""
         chat.task = asyncio.create_task(self._follow(chat))
+        self._chats.append(chat)
 
     async def _follow(self, chat: Chat) -> None:
         turn = 0

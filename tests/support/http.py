@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0  # a hang guard
 
 
 async def until(is_so: Callable[[], bool]) -> None:

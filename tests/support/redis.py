@@ -49,9 +49,10 @@ class RedisProcess:
     """One Redis as our child. `with RedisProcess(redis_binary("6.2")) as server:` – then server.url."""
 
     def __init__(self, binary: Path, *arguments: str, password: str = "", environment: Mapping[str, str] | None = None) -> None:
-        """password: that the arguments ask of the default user; environment: beside our own."""
+        """password: that the arguments ask of the default user; environment: beside our own; a change of
+        it holds from the next start on."""
         self._password = password or None
-        self._environment = os.environ | (environment or {})
+        self.environment = os.environ | (environment or {})
         self.folder = Path(tempfile.mkdtemp(prefix="mixtral-redis-"))
         self.socket = self.folder / "redis.sock"
         self.url = f"unix://{self.socket}"
@@ -64,7 +65,7 @@ class RedisProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.crash()  # one that writes its first log would refuse SIGTERM
+        self.stop(signal.SIGKILL)  # one that writes its first log would refuse SIGTERM
         shutil.rmtree(self.folder)
 
     @property
@@ -89,7 +90,7 @@ class RedisProcess:
         """Start it, or start it again; returns when it answers."""
         self._process = subprocess.Popen(
             self._command,
-            env=self._environment,
+            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -110,8 +111,16 @@ class RedisProcess:
                     time.sleep(0.01)
 
     def crash(self) -> None:
-        """kill -9; start() brings back what its log holds."""
+        """kill -9, between two syncs of its log; start() brings back all that was answered."""
+        self._settle()
         self.stop(signal.SIGKILL)
+
+    def _settle(self) -> None:
+        """Until no answer waits for a sync to end before it is written to the log, as Redis has it at `appendfsync everysec`."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with self.client() as client:
+            while any((facts := client.info("persistence")).get(name) for name in ("aof_pending_bio_fsync", "aof_buffer_length")):
+                assert time.monotonic() < deadline, f"its log is not written: {facts}"
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
         if self._process is None:
