@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import socket
 import subprocess
@@ -662,3 +663,13 @@ def test_module_imports_without_what_it_does_not_need(module: str, absent: set[s
     loaded = set(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout))
     assert module in loaded
     assert absent & loaded == set()
+
+
+def test_package_names_what_it_offers_and_its_version() -> None:
+    import mixtral_client
+
+    assert set(mixtral_client.__all__) <= set(dir(mixtral_client))
+    assert [getattr(mixtral_client, name).__name__ for name in mixtral_client.__all__[:-1]] == mixtral_client.__all__[:-1]
+    assert mixtral_client.__version__ == importlib.metadata.version("mixtral-chat")
+    with pytest.raises(AttributeError, match="'mixtral_client' has no attribute 'Client'"):
+        _ = mixtral_client.Client  # type: ignore[attr-defined]

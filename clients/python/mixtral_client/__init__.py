@@ -43,6 +43,10 @@ HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # The server and the workers import the wire from here, and must not load an HTTP client with it.
     if name == "__version__":
