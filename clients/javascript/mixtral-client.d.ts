@@ -23,6 +23,9 @@ export interface TokenChance {
   logprob: number;
 }
 
+/** The token that was drawn, and the likeliest ones at its place. */
+export type TokenLogprobs = TokenChance & { top: TokenChance[] };
+
 /** A chat (messages) or a text to continue (prompt: text or token ids): give exactly one of the two. */
 export interface JobRequest {
   /** Name of an endpoint; default "mixtral_chat". */
@@ -118,7 +121,7 @@ export interface Model {
 export type JobEvent = { id: string } & (
   | { event: "queued"; position: number; eta_s: number | null; eta_p90_s: number | null }
   /** offset counts from 1; text may be "" while a character or a stop string is incomplete. */
-  | { event: "token"; offset: number; text: string; logprobs?: TokenChance & { top: TokenChance[] } }
+  | { event: "token"; offset: number; text: string; logprobs?: TokenLogprobs }
   /** The job goes on at another worker, or waits for one; nothing that was sent is lost. */
   | { event: "moved"; attempt: number }
   /** Forget every token after offset `to`: they come anew. */
@@ -194,6 +197,8 @@ export interface Answer {
   finish: "stop" | "length";
   usage: Usage;
   timings: Timings | null;
+  /** One for each token, if the job asked for them. */
+  logprobs: TokenLogprobs[];
 }
 
 export const DEFAULT_MODEL: string;
@@ -225,14 +230,15 @@ export class MixtralError extends Error {
 export class AnswerText {
   take(event: JobEvent): void;
   readonly text: string;
+  readonly logprobs: TokenLogprobs[];
 }
 
 export class MixtralClient {
   constructor(options?: ClientOptions);
   /** This client with other patience, for one call or many. */
   withOptions(options: { patience: Partial<Patience> }): MixtralClient;
-  /** The whole answer to a chat. */
-  answer(request: JobRequest, options?: StreamOptions): Promise<Answer>;
+  /** The whole answer to a chat, or of a job by its id. */
+  answer(request: JobRequest | string, options?: StreamOptions): Promise<Answer>;
   /** Put a chat in the queue. */
   submit(request: JobRequest, options?: SubmitOptions): Promise<Accepted>;
   /** Put a chat in the queue and follow it to its end. `break` leaves the job running; the signal cancels it unless `detach`. */

@@ -64,23 +64,28 @@ export class MixtralError extends Error {
  * @implements {Declared.AnswerText}
  */
 export class AnswerText {
-  /** @type {string[]} of the tokens after #first */
-  #pieces = [];
+  /** @type {(JobEvent & {event: "token"})[]} those after #first */
+  #tokens = [];
   #first = -1;
 
   /** @param {JobEvent} event */
   take(event) {
     if (event.event === "token") {
       if (this.#first < 0) this.#first = event.offset - 1;
-      this.#pieces.push(event.text);
+      this.#tokens.push(event);
     } else if (event.event === "rewind" && this.#first >= 0) {
-      this.#pieces.length = Math.min(this.#pieces.length, Math.max(0, event.to - this.#first));
+      this.#tokens.length = Math.min(this.#tokens.length, Math.max(0, event.to - this.#first));
       this.#first = Math.min(this.#first, event.to);
     }
   }
 
   get text() {
-    return this.#pieces.join("");
+    return this.#tokens.map((token) => token.text).join("");
+  }
+
+  /** One for each token, if the job asked for them. */
+  get logprobs() {
+    return this.#tokens.flatMap(({ logprobs }) => (logprobs ? [logprobs] : []));
   }
 }
 
@@ -119,32 +124,30 @@ export class MixtralClient {
    * @returns {Promise<Accepted>}
    */
   async submit(request, { idempotencyKey = randomKey(), signal } = {}) {
-    signal?.throwIfAborted();
-    const accepted = await unlessAborted(this.#submit(request, idempotencyKey, signal), signal);
-    if (accepted === undefined) throw signal?.reason;
-    return accepted;
+    return this.#submit(request, idempotencyKey, { signal });
   }
 
   /**
-   * The whole answer to a chat. Rejects with the signal's reason when that fires, which cancels the job unless `detach`; with a
-   * MixtralError if the job fails, or is cancelled or expires (`code` says which, `text` is what came of it).
-   * @param {JobRequest} request
+   * The whole answer to a chat, or of a job by its id. Rejects with the signal's reason when that fires, which cancels the job unless
+   * `detach`; with a MixtralError if the job fails, or is cancelled or expires (`code` says which, `text` is what came of it).
+   * @param {JobRequest | string} request
    * @param {StreamOptions} [options]
    * @returns {Promise<Answer>}
    */
   async answer(request, options = {}) {
     options.signal?.throwIfAborted();
     const said = new AnswerText();
-    let jobId = "";
+    let jobId = typeof request === "string" ? request : "";
     const onJob = (/** @type {string} */ id) => {
       jobId = id;
       options.onJob?.(id);
     };
-    for await (const event of this.stream(request, { ...options, onJob })) {
+    const events = typeof request === "string" ? this.follow(request, options) : this.stream(request, { ...options, onJob });
+    for await (const event of events) {
       said.take(event);
       if (event.event !== "done") continue;
       const { finish, usage, timings } = event;
-      if (finish === "stop" || finish === "length") return { jobId, text: said.text, finish, usage, timings };
+      if (finish === "stop" || finish === "length") return { jobId, text: said.text, finish, usage, timings, logprobs: said.logprobs };
       throw new MixtralError(`job ${jobId} was ${finish}; what came of its answer is in .text`, { code: finish, jobId, text: said.text });
     }
     throw options.signal?.reason;
@@ -160,7 +163,8 @@ export class MixtralClient {
     if (signal?.aborted) return;
     const limits = new Limits(this.#patience, signal);
     try {
-      const submitted = this.#submit(request, idempotencyKey, limits.signal);
+      // The signal ends the tries, not the one under way: it may have made its job already.
+      const submitted = this.#submit(request, idempotencyKey, { triesSignal: limits.signal });
       const job = await unlessAborted(submitted, limits.signal);
       if (job === undefined) {
         // The request is on its way and may make a job yet: wait for its id, or that job would run for nobody.
@@ -260,15 +264,14 @@ export class MixtralClient {
   }
 
   /**
-   * The signal ends the tries, not the one under way: it may have made its job already.
    * @param {JobRequest} request
    * @param {string} idempotencyKey
-   * @param {AbortSignal} [triesSignal]
+   * @param {{signal?: AbortSignal, triesSignal?: AbortSignal}} signals
    * @returns {Promise<Accepted>}
    */
-  #submit(request, idempotencyKey, triesSignal) {
+  #submit(request, idempotencyKey, signals) {
     const body = JSON.stringify({ model: DEFAULT_MODEL, ...request });
-    return this.#ask("POST", "/v1/jobs", { body, headers: { "Idempotency-Key": idempotencyKey }, triesSignal });
+    return this.#ask("POST", "/v1/jobs", { body, headers: { "Idempotency-Key": idempotencyKey }, ...signals });
   }
 
   /**
@@ -354,6 +357,7 @@ export class MixtralClient {
           ...(this.#apiKey && { Authorization: `Bearer ${this.#apiKey}` }),
           ...headers,
         },
+        redirect: "manual", // it would make a GET of a POST
         credentials: "same-origin", // without a key, the page's visitor cookie says who asks
         cache: "no-store",
         keepalive: method === "DELETE", // a cancel outlives the page that sends it
@@ -487,10 +491,10 @@ class Patience {
     if (performance.now() - this.#since + waitMs > this.#giveUpAfterMs) throw error;
     this.#failures += 1;
     await new Promise((resolve) => {
-      const timer = setTimeout(end, waitMs);
+      const wait = timer(waitMs, end);
       signal?.addEventListener("abort", end);
       function end() {
-        clearTimeout(timer);
+        clearTimeout(wait);
         signal?.removeEventListener("abort", end);
         resolve(undefined);
       }
@@ -529,10 +533,10 @@ class Limits {
    */
   #timer(ms, name) {
     if (ms === Infinity) return undefined;
-    return setTimeout(() => {
+    return timer(ms, () => {
       this.passed ??= this.signal.aborted ? null : name;
       this.#abort();
-    }, ms);
+    });
   }
 
   #abort = () => this.#controller.abort();
@@ -599,7 +603,7 @@ class Watch {
 
   touch() {
     clearTimeout(this.#timer);
-    if (this.ms !== Infinity) this.#timer = setTimeout(this.#pass, this.ms);
+    if (this.ms !== Infinity) this.#timer = timer(this.ms, this.#pass);
   }
 
   #pass = () => {
@@ -729,6 +733,15 @@ async function unlessAborted(promise, signal) {
   } finally {
     signal.removeEventListener("abort", end);
   }
+}
+
+/**
+ * A time beyond the timers' range of 24 days would be none at all.
+ * @param {number} ms
+ * @param {() => void} end
+ */
+function timer(ms, end) {
+  return setTimeout(end, Math.min(ms, 0x7fffffff));
 }
 
 /** @param {string} url */

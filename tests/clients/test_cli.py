@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import fcntl
 import json
 import os
 import pty
 import signal
 import sys
+import termios
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -208,9 +210,31 @@ async def test_service_that_is_full_ends_with_75_so_that_a_script_may_try_again(
 
 async def test_answer_that_takes_too_long_is_given_up_and_cancelled(api: ScriptedApi, state: Path) -> None:
     world = api.script(["Once", {"hold": True}])
-    status, out, err = await piped(world, "Hello", "--timeout_s", "1")
+    status, out, err = await piped(world, "Hello", "--timeout_s", "2")
     assert (status, out, world.states, state.exists()) == (75, "Once", ["cancelled"], False)  # noqa: ASYNC240
-    assert err.startswith("total_timeout: job mixtral_chat.0-1 was not finished within total_s, 1 s")
+    assert err.startswith("total_timeout: job mixtral_chat.0-1 was not finished within total_s, 2 s")
+
+
+async def test_answer_that_another_cancelled_or_no_worker_began_is_no_success(api: ScriptedApi) -> None:
+    world = api.script(["Once", {"done": {"finish": "cancelled"}}], [{"done": {"finish": "expired"}}])
+    assert await piped(world, "Hello") == (1, "Once\n", "[cancelled]\n")
+    assert await piped(world, "Hello") == (75, "\n", "[expired]\n")
+
+
+async def test_ctrl_c_before_the_question_is_whole_ends_quietly(api: ScriptedApi) -> None:
+    world = api.script()
+    questions, pen = os.pipe()
+    pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command(world), stdin=questions, **pipes, env=environment())
+    os.write(pen, b"Tell me")
+    async with asyncio.timeout(DEADLINE_S):
+        while fcntl.ioctl(questions, termios.FIONREAD, bytes(4)) != bytes(4):  # noqa: ASYNC110 (it has yet to read that)
+            await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    os.close(questions)
+    os.close(pen)
+    assert (process.returncode, out, err, world.requests) == (130, b"", b"", [])
 
 
 async def test_letters_that_a_terminal_lacks_cost_no_answer(api: ScriptedApi, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_errors_and_limits_are_the_clients(server: FakeServer, client: SyncClien
     with pytest.raises(JobFailed, match="no room"):
         client.chat("Hello")
     with pytest.raises(TimedOut):
-        client.with_options(timeouts=Timeouts(total_s=0.05)).chat("Hello")
+        client.with_options(timeouts=Timeouts(total_s=1)).chat("Hello")
     with pytest.raises(NotFound):
         client.job("no")
     assert server.states == ["failed", "cancelled"]

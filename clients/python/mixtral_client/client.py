@@ -43,6 +43,7 @@ from mixtral_client.errors import (
 from mixtral_client.protocol import (
     ChatMessage,
     DoneEvent,
+    Finish,
     JobAccepted,
     JobEvent,
     JobRequest,
@@ -252,7 +253,7 @@ class MixtralClient:
                 raise ConnectionLost(f"the stream of job {position.job_id} ended before the job did")
             except PASSING as error:
                 self._turn_from(at)
-                await asyncio.sleep(patience.wait_s(error))
+                await _pause(patience, error)
 
     async def _connection(self, position: LogPosition, patience: Patience) -> AsyncGenerator[JobEvent]:
         """One connection's new events; ends with the connection."""
@@ -308,7 +309,7 @@ class MixtralClient:
                     return await _body(response, self.timeouts.answer_s)
             except PASSING as error:
                 self._turn_from(at)
-                await asyncio.sleep(patience.wait_s(error))
+                await _pause(patience, error)
 
     @contextlib.asynccontextmanager
     async def _answer(
@@ -386,6 +387,11 @@ class JobStream(AsyncIterator[JobEvent]):
     def text(self) -> str:
         return "".join(self._pieces)
 
+    @property
+    def finish(self) -> Finish | None:
+        """Why the job ended; None before its end."""
+        return None if self._done is None else self._done.finish
+
     async def answer(self) -> Answer:
         """Read to the end and give the whole, what this stream has given already included. Raises as the events do, and JobStopped."""
         async with self:
@@ -457,6 +463,13 @@ class JobStream(AsyncIterator[JobEvent]):
             return
         self._detach = True
         await asyncio.shield(self._client._keep(self._client._goodbye(self.job_id)))
+
+
+async def _pause(patience: Patience, error: MixtralError) -> None:
+    """Wait for the next try. Raises the error if there is to be none."""
+    wait_s = patience.wait_s(error)
+    log.info('event=try_again wait_s=%.2f code=%s reason="%s"', wait_s, error.code, error)
+    await asyncio.sleep(wait_s)
 
 
 async def _chunks(response: aiohttp.ClientResponse, silence_s: float | None) -> AsyncGenerator[bytes]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mixtral_client.client import GOODBYE_S, Answer, JobOptions, JobStream, Messages, MixtralClient, Prompt
-from mixtral_client.protocol import JobAccepted, JobEvent, JobView, ModelCard
+from mixtral_client.protocol import Finish, JobAccepted, JobEvent, JobView, ModelCard
 from mixtral_client.resume import Retry, Timeouts
 
 T = TypeVar("T")
@@ -153,6 +153,10 @@ class SyncStream(Iterator[JobEvent]):
     @property
     def text(self) -> str:
         return self._stream.text
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._stream.finish
 
     def answer(self) -> Answer:
         return self._thread.run(self._stream.answer())
