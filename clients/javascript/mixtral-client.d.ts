@@ -23,6 +23,9 @@ export interface TokenChance {
   logprob: number;
 }
 
+/** The token that was drawn, and the likeliest ones at its place. */
+export type TokenLogprobs = TokenChance & { top: TokenChance[] };
+
 /** A chat (messages) or a text to continue (prompt: text or token ids): give exactly one of the two. */
 export interface JobRequest {
   /** Name of an endpoint; default "mixtral_chat". */
@@ -118,7 +121,7 @@ export interface Model {
 export type JobEvent = { id: string } & (
   | { event: "queued"; position: number; eta_s: number | null; eta_p90_s: number | null }
   /** offset counts from 1; text may be "" while a character or a stop string is incomplete. */
-  | { event: "token"; offset: number; text: string; logprobs?: TokenChance & { top: TokenChance[] } }
+  | { event: "token"; offset: number; text: string; logprobs?: TokenLogprobs }
   /** The job goes on at another worker, or waits for one; nothing that was sent is lost. */
   | { event: "moved"; attempt: number }
   /** Forget every token after offset `to`: they come anew. */
@@ -135,10 +138,16 @@ export interface Patience {
   firstWaitMs: number;
   /** The longest wait, unless the server asks for more. Default 10,000. */
   maxWaitMs: number;
-  /** How long one answer may take, or stay silent in its middle. Default 15,000. */
+  /** Tries in a row without progress, the first one included; 1 never tries again. Default 50. */
+  maxTries: number;
+  /** How long one answer may take to begin, or stay silent in its middle; then it is tried again. Default 15,000. */
   answerMs: number;
   /** How long a stream may be silent before it is opened anew. Default 45,000. */
   silenceMs: number;
+  /** How long a job may take to its first token, waiting in the queue included; then it is cancelled. Default Infinity. */
+  firstTokenMs: number;
+  /** How long a job may take to its end; then it is cancelled. Default Infinity. */
+  totalMs: number;
 }
 
 export interface ClientOptions {
@@ -150,10 +159,15 @@ export interface ClientOptions {
   patience?: Partial<Patience>;
 }
 
+export interface CallOptions {
+  /** Aborting rejects with the signal's reason. */
+  signal?: AbortSignal;
+}
+
 export interface SubmitOptions {
   /** Repeats with one key make one job. */
   idempotencyKey?: string;
-  /** Ends the tries, not a request that is under way. */
+  /** Aborting rejects with the signal's reason; a request that was under way may have made its job. */
   signal?: AbortSignal;
 }
 
@@ -162,16 +176,29 @@ export interface FollowOptions {
   after?: string | number;
   /** Aborting ends the events quietly and cancels the job. */
   signal?: AbortSignal;
-  /** Leave the job running when its reader leaves. */
+  /** Let the job run on when the signal fires. */
   detach?: boolean;
 }
 
 export interface StreamOptions {
+  /** Aborting ends the events quietly and cancels the job. */
   signal?: AbortSignal;
   /** Told the job's id once, before its first event. */
   onJob?: (id: string) => void;
+  /** Let the job run on when the signal fires or a limit passes. */
   detach?: boolean;
+  /** Repeats with one key make one job. */
   idempotencyKey?: string;
+}
+
+export interface Answer {
+  jobId: string;
+  text: string;
+  finish: "stop" | "length";
+  usage: Usage;
+  timings: Timings | null;
+  /** One for each token, if the job asked for them. */
+  logprobs: TokenLogprobs[];
 }
 
 export const DEFAULT_MODEL: string;
@@ -179,7 +206,10 @@ export const DEFAULT_MODEL: string;
 /** Whatever goes wrong. */
 export class MixtralError extends Error {
   constructor(message: string, facts: { code: string } & Partial<Omit<MixtralError, keyof Error | "code">> & { cause?: unknown });
-  /** The service's word for it, or one of the client's own: "connection_lost", "bad_answer", "http_<status>". */
+  /**
+   * The service's word for it, or one of the client's own: "connection_lost", "answer_timeout", "silence_timeout",
+   * "first_token_timeout", "total_timeout", "bad_answer", "http_<status>".
+   */
   readonly code: string;
   /** HTTP status, if an answer was the error. */
   readonly status: number | null;
@@ -190,18 +220,33 @@ export class MixtralError extends Error {
   readonly retryAfterMs: number | null;
   /** Whether the same request may succeed later. */
   readonly isPassing: boolean;
+  /** The job that failed, if there was one. */
+  readonly jobId: string | null;
+  /** What came of an answer that `answer` wanted whole. */
+  readonly text: string | null;
+}
+
+/** The text of an answer from its events, each rewind taken back; of a stream that began later, what came since. */
+export class AnswerText {
+  take(event: JobEvent): void;
+  readonly text: string;
+  readonly logprobs: TokenLogprobs[];
 }
 
 export class MixtralClient {
   constructor(options?: ClientOptions);
+  /** This client with other patience, for one call or many. */
+  withOptions(options: { patience: Partial<Patience> }): MixtralClient;
+  /** The whole answer to a chat, or of a job by its id. */
+  answer(request: JobRequest | string, options?: StreamOptions): Promise<Answer>;
   /** Put a chat in the queue. */
   submit(request: JobRequest, options?: SubmitOptions): Promise<Accepted>;
-  /** Put a chat in the queue and follow it to its end; leaving cancels it unless `detach`. */
+  /** Put a chat in the queue and follow it to its end. `break` leaves the job running; the signal cancels it unless `detach`. */
   stream(request: JobRequest, options?: StreamOptions): AsyncGenerator<JobEvent, void, void>;
-  /** Follow a job from after an event; leaving cancels it unless `detach`. */
+  /** Follow a job from after an event. `break` leaves the job running; the signal cancels it unless `detach`. */
   follow(id: string, options?: FollowOptions): AsyncGenerator<JobEvent, void, void>;
   /** Stop a job; a finished one stays as it is. Gives it as it stands afterwards. */
-  cancel(id: string): Promise<JobView>;
-  job(id: string): Promise<JobView>;
-  models(): Promise<Model[]>;
+  cancel(id: string, options?: CallOptions): Promise<JobView>;
+  job(id: string, options?: CallOptions): Promise<JobView>;
+  models(options?: CallOptions): Promise<Model[]>;
 }

@@ -8,6 +8,8 @@
  * @module
  */
 
+/** @import * as Declared from "./sse.js" */
+
 const MAX_RETRY_MS = 86_400_000;
 
 /**
@@ -26,7 +28,10 @@ export class EventTooLarge extends Error {
   }
 }
 
-/** Decoder of one response body. */
+/**
+ * Decoder of one response body.
+ * @implements {Declared.SseDecoder}
+ */
 export class SseDecoder {
   /** @type {number | null} the last `retry:` of the stream, at most a day */
   retryMs = null;

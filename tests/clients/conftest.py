@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from mixtral_client import MixtralClient, Retry
+from mixtral_client import MixtralClient, Retry, Timeouts
 from support.scripted_api import KEY, ScriptedApi
 
 
@@ -21,8 +21,9 @@ async def connect() -> AsyncIterator[Callable[..., MixtralClient]]:
     """A client of some servers; closed when the test ends."""
     clients: list[MixtralClient] = []
 
-    def connect(*servers: str, retry: Retry | None = None, **options: float) -> MixtralClient:
-        clients.append(MixtralClient(servers, KEY, retry=retry or Retry(first_wait_s=0.001, max_wait_s=0.01), **options))
+    def connect(*servers: str, retry: Retry | None = None, timeouts: Timeouts | None = None) -> MixtralClient:
+        retry = retry or Retry(first_wait_s=0.001, max_wait_s=0.01)
+        clients.append(MixtralClient(servers, KEY, retry=retry, timeouts=timeouts))
         return clients[-1]
 
     yield connect

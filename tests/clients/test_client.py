@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.metadata
 import json
 import socket
 import subprocess
@@ -11,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixtral_client import JobStream, MixtralClient, Retry
+from mixtral_client import JobStream, MixtralClient, Retry, Timeouts
 from mixtral_client.errors import (
     BadAnswer,
     ConnectionLost,
@@ -28,13 +31,16 @@ from mixtral_client.errors import (
     NotFound,
     RequestRefused,
     ServerFailed,
+    TimedOut,
     Unavailable,
 )
-from mixtral_client.protocol import DoneEvent, ErrorDetail, JobEvent, MovedEvent, RewindEvent, TokenEvent, event_id, ids_crc
-from support.scripted_api import KEY, Cut, Fault, ScriptedApi, World, id_of
+from mixtral_client.protocol import DoneEvent, ErrorDetail, JobEvent, MovedEvent, RewindEvent, TokenEvent
+from mixtral_client.testing import Cut, FakeServer, Fault
+from support.scripted_api import KEY, ScriptedApi
 
 Connect = Callable[..., MixtralClient]
 TEXTS = ["Once", " üpon", " a"]
+HELD: list[Any] = ["Once", {"hold": True}]
 DEADLINE_S = 10.0
 
 
@@ -63,20 +69,12 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-def asked(world: World, kind: str) -> list[dict[str, Any]]:
-    return [request for request in world.requests if request["kind"] == kind]
-
-
-def states(world: World) -> list[str]:
-    return list(world.history()["jobs"].values())
-
-
 # ------------------------------------------------------------------------------------------------ answers
 
 
 async def test_chat_gives_text_finish_usage_and_timings(api: ScriptedApi, connect: Connect) -> None:
-    answer = await connect(api.script(logs=[TEXTS]).url).chat("Tell a story")
-    assert (answer.text, answer.finish, answer.usage.total_tokens) == ("Once üpon a", "stop", 7)
+    answer = await connect(api.script(TEXTS).url).chat("Tell a story")
+    assert (answer.text, answer.finish, answer.usage.total_tokens) == ("Once üpon a", "stop", 6)
     assert answer.timings is not None
     assert answer.timings.first_token_s == 0.2
 
@@ -92,15 +90,27 @@ async def test_bare_string_is_one_user_message_and_options_travel_as_given(api: 
         "stop": ["x"],
         "priority": 2,
         "queue_timeout_s": 1.5,
+        "min_p": 0.1,
+        "min_tokens": 1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"5": 2.5},
+        "stop_token_ids": [2],
+        "ignore_eos": True,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "truncate": "oldest_turns",
     }
     await connect(world.url).chat("Hello", model="other", **options)
-    assert asked(world, "POST")[0]["body"] == {"model": "other", "messages": [{"role": "user", "content": "Hello"}], **options}
+    assert world.asked("submit")[0].body == {"model": "other", "messages": [{"role": "user", "content": "Hello"}], **options}
 
 
 async def test_option_left_out_is_not_sent_so_that_the_endpoint_decides(api: ScriptedApi, connect: Connect) -> None:
     world = api.script()
     await connect(world.url).complete([1, 2, 3])
-    assert asked(world, "POST")[0]["body"] == {"model": "mixtral_chat", "prompt": [1, 2, 3]}
+    assert world.asked("submit")[0].body == {"model": "mixtral_chat", "prompt": [1, 2, 3]}
 
 
 async def test_option_that_does_not_exist_is_named(api: ScriptedApi, connect: Connect) -> None:
@@ -127,7 +137,7 @@ async def test_request_the_wire_does_not_allow_is_refused_before_it_is_sent(
 
 
 async def test_job_is_seen_by_its_id(api: ScriptedApi, connect: Connect) -> None:
-    client = connect(api.script(logs=[TEXTS]).url)
+    client = connect(api.script(TEXTS).url)
     accepted = await client.submit("Hello")
     view = await client.job(accepted.id)
     assert (accepted.position, view.id, view.tokens, view.text) == (1, accepted.id, 3, "Once üpon a")
@@ -138,7 +148,7 @@ async def test_models_are_listed(api: ScriptedApi, connect: Connect) -> None:
 
 
 async def test_cancelled_job_ends_a_stream_with_done_and_makes_chat_raise(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
+    world = api.script(["Once", {"hold": True}])
     client = connect(world.url)
     events: list[JobEvent] = []
     async for event in (stream := client.stream("Hello")):
@@ -158,18 +168,21 @@ async def test_cancelled_job_ends_a_stream_with_done_and_makes_chat_raise(api: S
 # ------------------------------------------------------------------------------------------------ broken connections
 
 
+async def stream_bytes(world: FakeServer) -> int:
+    """Size of a whole stream of that world."""
+    async with aiohttp.ClientSession(world.url + "/", headers={"Authorization": f"Bearer {KEY}"}) as http:
+        job = await (await http.post("v1/jobs", json={"model": "mixtral_chat", "prompt": "Hello"})).json()
+        total = len(await (await http.get(f"v1/jobs/{job['id']}/events")).read())
+    assert total > 400
+    return total
+
+
 @pytest.mark.parametrize("how", ["close", "end"])
 async def test_connection_cut_at_any_byte_costs_no_token_and_repeats_none(api: ScriptedApi, connect: Connect, how: str) -> None:
-    world = api.script(logs=[TEXTS])
-    total = 0
-    async for piece in world.body(world.submit("key", {"model": "mixtral_chat"}), ""):
-        assert isinstance(piece, bytes)
-        total += len(piece)
-    assert total > 400
-    for at in range(total):
-        client = connect((world := api.script(logs=[TEXTS], cuts=[Cut(at=at, how=how)])).url)
+    for at in range(await stream_bytes(api.script(TEXTS))):
+        client = connect((world := api.script(TEXTS, cuts=[Cut(at=at, how=how)])).url)
         assert_whole(await read(client.stream("Hello")), TEXTS)
-        assert len(asked(world, "POST")) == 1
+        assert len(world.asked("submit")) == 1
         await client.close()
 
 
@@ -181,22 +194,22 @@ cuts = st.lists(st.builds(Cut, at=st.integers(0, 900), how=st.sampled_from(["clo
 async def test_any_cuts_give_offsets_once_in_order_and_one_end(
     api: ScriptedApi, connect: Connect, texts: list[str], cuts: list[Cut], write_bytes: int
 ) -> None:
-    world = api.script(logs=[texts], cuts=cuts, write_bytes=write_bytes)
+    world = api.script(texts, cuts=cuts, write_bytes=write_bytes)
     assert_whole(await read(connect(world.url).stream("Hello")), texts)
-    assert states(world) == ["streaming"], "a job that ended is not cancelled"
+    assert world.states == ["done"], "a job that ended is not cancelled"
 
 
 async def test_resume_names_the_last_token_with_its_crc(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[[*TEXTS[:2], {"cut": "abort"}], TEXTS])
+    world = api.script([*TEXTS[:2], {"cut": "abort"}, *TEXTS[2:]])
     stream = connect(world.url).stream("Hello")
     assert_whole(await read(stream), TEXTS)
-    ids = [id_of(text) for text in TEXTS]
-    assert [request.get("Last-Event-ID") for request in asked(world, "EVENTS")] == [None, event_id(2, ids_crc(ids[:2]))]
-    assert stream.last_id == event_id(3, ids_crc(ids))
+    (job,) = world.jobs.values()
+    assert [request.headers.get("Last-Event-ID") for request in world.asked("events")] == [None, job.id_at(2)]
+    assert stream.last_id == job.id_at(3)
 
 
 async def test_events_after_an_id_or_an_offset_go_on_there(api: ScriptedApi, connect: Connect) -> None:
-    client = connect(api.script(logs=[TEXTS]).url)
+    client = connect(api.script(TEXTS).url)
     job = await client.submit("Hello")
     first = client.events(job.id)
     async with first:
@@ -213,40 +226,39 @@ async def test_id_that_is_none_is_refused_with_the_form_expected(api: ScriptedAp
 
 
 async def test_silent_connection_is_replaced(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[TEXTS], cuts=[Cut(at=250, how="silence")])
-    assert_whole(await read(connect(world.url, silence_timeout_s=0.05).stream("Hello")), TEXTS)
+    world = api.script(TEXTS, cuts=[Cut(at=250, how="silence")])
+    assert_whole(await read(connect(world.url, timeouts=Timeouts(silence_s=0.05)).stream("Hello")), TEXTS)
     assert world.connections >= 2
 
 
 async def test_skipped_offset_is_fetched_by_a_new_connection(api: ScriptedApi, connect: Connect) -> None:
     gap = {"event": "token", "offset": 3, "text": "?"}
-    world = api.script(logs=[[TEXTS[0], gap], TEXTS])
+    world = api.script([TEXTS[0], gap, *TEXTS[1:]])
     assert_whole(await read(connect(world.url).stream("Hello")), TEXTS)
 
 
 async def test_log_that_lost_its_end_rewinds_and_goes_on_from_there(api: ScriptedApi, connect: Connect) -> None:
-    logs = [["a", "b", "c", {"cut": "close"}], ["a", {"cut": "close"}], ["a", "d", "e"]]
-    client = connect(api.script(logs=logs).url)
+    steps = ["a", "b", "c", {"cut": "close"}, {"rewind": 1}, {"cut": "close"}, "d", "e"]
+    client = connect(api.script(steps).url)
     events = await read(client.stream("Hello"))
     assert [event for event in events if isinstance(event, RewindEvent)] == [RewindEvent(to=1)]
     assert tokens(events) == [(1, "a"), (2, "b"), (3, "c"), (2, "d"), (3, "e")]
-    assert (await connect(api.script(logs=logs).url).chat("Hello")).text == "ade"
+    assert (await connect(api.script(steps).url).chat("Hello")).text == "ade"
 
 
 async def test_log_that_differs_rewinds_to_its_start_and_never_forks(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["a", "b", {"cut": "end"}], ["x", "y", "z", "!"]])
+    world = api.script(["a", "b", {"cut": "end"}, {"rewind": 0}, "x", "y", "z", "!"])
     assert (await connect(world.url).chat("Hello")).text == "xyz!"
 
 
 async def test_rewind_without_an_id_of_its_own_resumes_by_offset(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["a", "b", {"event": "rewind", "to": 1}, {"cut": "end"}], ["a", "c"]])
+    world = api.script(["a", "b", {"event": "rewind", "to": 1}, {"cut": "end"}, {"rewind": 1}, "c"])
     assert (await connect(world.url).chat("Hello")).text == "ac"
-    assert asked(world, "EVENTS")[1]["Last-Event-ID"] == "1"
+    assert world.asked("events")[1].headers["Last-Event-ID"] == "1"
 
 
 async def test_move_to_another_worker_is_told_once(api: ScriptedApi, connect: Connect) -> None:
-    moved = {"event": "moved", "attempt": 2}
-    world = api.script(logs=[["a", moved, "b", {"cut": "end"}], ["a", moved, "b", {"event": "moved", "attempt": 3}, "c"]])
+    world = api.script(["a", {"moved": 2}, "b", {"cut": "end"}, {"moved": 3}, "c"])
     events = await read(connect(world.url).stream("Hello"))
     assert [event.attempt for event in events if isinstance(event, MovedEvent)] == [2, 3]
     assert_whole(events, ["a", "b", "c"])
@@ -254,7 +266,7 @@ async def test_move_to_another_worker_is_told_once(api: ScriptedApi, connect: Co
 
 async def test_comments_and_unknown_events_change_nothing(api: ScriptedApi, connect: Connect) -> None:
     log = [{"comment": "ping"}, "Once", {"event": "weather", "sun": True}, " üpon", {"comment": "ping"}, " a"]
-    world = api.script(logs=[log], preamble="\ufeffretry: 1\n: hello\n\n")
+    world = api.script(log, preamble="\ufeffretry: 1\n: hello\n\n")
     assert_whole(await read(connect(world.url).stream("Hello")), TEXTS)
 
 
@@ -268,16 +280,16 @@ async def test_stream_gives_up_when_nobody_can_be_reached_for_long(api: Scripted
 
 async def test_event_without_end_is_refused(api: ScriptedApi, connect: Connect) -> None:
     with pytest.raises(EventTooLarge):
-        await read(connect(api.script(logs=[["x" * (2 << 20)]]).url).stream("Hello"))
+        await read(connect(api.script(["x" * (2 << 20)]).url).stream("Hello"))
 
 
 async def test_event_that_does_not_fit_the_wire_is_refused(api: ScriptedApi, connect: Connect) -> None:
     with pytest.raises(BadAnswer, match="does not fit the wire"):
-        await read(connect(api.script(logs=[[{"event": "token", "offset": "soon"}]]).url).stream("Hello"))
+        await read(connect(api.script([{"event": "token", "offset": "soon"}]).url).stream("Hello"))
 
 
 async def test_more_than_a_hundred_streams_run_at_once(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
+    world = api.script(["Once", {"hold": True}])
     client = connect(world.url)
     streams = [client.stream("Hello") for _ in range(120)]
     chats = [asyncio.create_task(read(stream)) for stream in streams]
@@ -290,11 +302,11 @@ async def test_more_than_a_hundred_streams_run_at_once(api: ScriptedApi, connect
 
 
 async def test_submit_whose_answer_is_lost_makes_one_job(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(faults=[Fault(on="POST", lose=True), Fault(on="POST", lose=True)])
+    world = api.script(faults=[Fault(on="submit", lose=True), Fault(on="submit", lose=True)])
     job = await connect(world.url).submit("Hello")
-    assert world.history()["jobs"] == {job.id: "streaming"}
-    assert len({request["Idempotency-Key"] for request in asked(world, "POST")}) == 1
-    assert len(asked(world, "POST")) == 3
+    assert list(world.jobs) == [job.id]
+    assert len({request.headers["Idempotency-Key"] for request in world.asked("submit")}) == 1
+    assert len(world.asked("submit")) == 3
 
 
 async def test_two_submits_make_two_jobs_unless_they_share_a_key(api: ScriptedApi, connect: Connect) -> None:
@@ -306,12 +318,12 @@ async def test_two_submits_make_two_jobs_unless_they_share_a_key(api: ScriptedAp
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 async def test_passing_refusals_are_tried_again(api: ScriptedApi, connect: Connect, status: int) -> None:
-    faults = [Fault(on=kind, status=status, code="busy") for kind in ("POST", "EVENTS", "POST", "EVENTS")]
-    assert (await connect(api.script(faults=faults, logs=[TEXTS]).url).chat("Hello")).text == "Once üpon a"
+    faults = [Fault(kind, status=status, code="busy") for kind in ("submit", "events", "submit", "events")]
+    assert (await connect(api.script(TEXTS, faults=faults).url).chat("Hello")).text == "Once üpon a"
 
 
 async def test_wait_longer_than_our_patience_is_told_at_once(api: ScriptedApi, connect: Connect) -> None:
-    full = Fault(on="POST", status=429, code="queue_full", message="the queue is full", headers={"Retry-After": "3600"})
+    full = Fault(on="submit", status=429, code="queue_full", message="the queue is full", retry_after="3600")
     world = api.script(faults=[full])
     with pytest.raises(LimitReached) as caught:
         await connect(world.url).submit("Hello")
@@ -323,16 +335,16 @@ async def test_wait_longer_than_our_patience_is_told_at_once(api: ScriptedApi, c
 async def test_refusals_that_will_not_pass_are_told_at_once(
     api: ScriptedApi, connect: Connect, status: int, kind: type[MixtralError]
 ) -> None:
-    world = api.script(faults=[Fault(on="POST", status=status, code="word", message="a sentence")])
+    world = api.script(faults=[Fault(on="submit", status=status, code="word", message="a sentence")])
     with pytest.raises(kind, match="a sentence") as caught:
         await connect(world.url).submit("Hello")
     error = caught.value
-    assert (error.code, error.status, error.kind, error.request_id) == ("word", status, "server_error", "req-7")
+    assert (error.code, error.status, error.kind, error.request_id) == ("word", status, "server_error", "req-1")
     assert len(world.requests) == 1
 
 
 async def test_proxy_that_answers_in_html_is_quoted(api: ScriptedApi, connect: Connect) -> None:
-    page = Fault(on="GET", status=502, code=None, message="<h1>Bad Gateway</h1>")
+    page = Fault(on="models", status=502, code=None, message="<h1>Bad Gateway</h1>")
     with pytest.raises(Unavailable, match="was answered 502: <h1>Bad Gateway</h1>") as caught:
         await connect(api.script(faults=[page]).url, retry=Retry(give_up_after_s=0)).models()
     assert caught.value.code == "http_502"
@@ -340,7 +352,7 @@ async def test_proxy_that_answers_in_html_is_quoted(api: ScriptedApi, connect: C
 
 async def test_answer_of_another_service_is_named_as_such(api: ScriptedApi, connect: Connect) -> None:
     with pytest.raises(BadAnswer, match="does the address belong to this service"):
-        await connect(api.script(faults=[Fault(on="GET", status=200, code=None, message="It works!")]).url).models()
+        await connect(api.script(faults=[Fault(on="models", status=200, code=None, message="It works!")]).url).models()
 
 
 async def test_unknown_job_is_not_found(api: ScriptedApi, connect: Connect) -> None:
@@ -355,26 +367,27 @@ async def test_job_id_cannot_lead_to_another_path(api: ScriptedApi, connect: Con
     world = api.script()
     with pytest.raises(NotFound):
         await connect(world.url).job("../models?x#y")
-    assert asked(world, "GET")[0]["path"] == "/v1/jobs/../models?x#y", "the server sees the id as one part of the path"
+    assert world.asked("job")[0].path == "/v1/jobs/../models?x#y", "the server sees the id as one part of the path"
 
 
 async def test_failed_job_is_raised_with_the_workers_words_and_never_tried_again(api: ScriptedApi, connect: Connect) -> None:
     detail = ErrorDetail(message="prompt is 9 tokens too long", type="invalid_request_error", code="context_length_exceeded")
-    world = api.script(logs=[["Once"]], end={"event": "error", "error": detail.model_dump()})
+    world = api.script(["Once", {"error": detail.model_dump()}])
     stream = connect(world.url).stream("Hello")
     await first_token(stream)
     with pytest.raises(JobFailed, match="9 tokens too long") as caught:
         await read(stream)
-    assert (caught.value.code, caught.value.job_id) == ("context_length_exceeded", "mixtral_chat.0-1")
-    assert (world.connections, states(world)) == (1, ["streaming"])
+    error = caught.value
+    assert (error.code, error.job_id, error.request_id) == ("context_length_exceeded", "mixtral_chat.0-1", "req-2")
+    assert (world.connections, world.states, world.asked("cancel")) == (1, ["failed"], [])
 
 
 async def test_next_replica_is_tried_when_one_is_gone_or_away(api: ScriptedApi, connect: Connect) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        away = api.script(faults=[Fault(on="POST", code="redis_unavailable")] * 50)
-        world = api.script(logs=[TEXTS])
+        away = api.script(faults=[Fault(on="submit", code="redis_unavailable")] * 50)
+        world = api.script(TEXTS)
         client = connect(gone, away.url, world.url)
         assert (await client.chat("Hello")).text == "Once üpon a"
         assert (await client.chat("Hello")).text == "Once üpon a"
@@ -390,10 +403,10 @@ async def test_server_that_is_not_there_is_named_with_its_address(connect: Conne
 
 
 async def test_answer_that_does_not_come_is_not_waited_for_forever(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(faults=[Fault(on="POST", hold=True)] * 100)
-    with pytest.raises(ConnectionLost, match=r"got no answer within 0\.02 s"):
-        await connect(world.url, answer_timeout_s=0.02, retry=Retry(give_up_after_s=0.05, first_wait_s=0.001)).submit("Hello")
-    world.release.set()
+    world = api.script(faults=[Fault(on="submit", hold=True)] * 100)
+    with pytest.raises(ConnectionLost, match=r"got no answer within answer_s, 0\.02 s"):
+        await connect(world.url, timeouts=Timeouts(answer_s=0.02), retry=Retry(give_up_after_s=0.05, first_wait_s=0.001)).submit("Hello")
+    world.release()
 
 
 async def test_wrong_key_is_told_and_no_key_never_leaves_the_client(api: ScriptedApi, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,69 +437,213 @@ async def first_token(stream: JobStream) -> None:
             return
 
 
-async def test_stream_closed_early_has_cancelled_its_job(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
-    async with connect(world.url).stream("Hello") as stream:
-        await first_token(stream)
-    assert states(world) == ["cancelled"]
-
-
-async def test_stream_dropped_by_break_is_cancelled(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
-    client = connect(world.url)
-    async for event in client.stream("Hello"):
-        if isinstance(event, TokenEvent):
-            break
-    await until(lambda: states(world) == ["cancelled"])
-
-
-async def test_stream_left_open_is_cancelled_when_the_client_closes(api: ScriptedApi) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
+async def test_leaving_a_stream_by_break_by_error_or_with_its_client_leaves_the_job_running(api: ScriptedApi) -> None:
+    world = api.script(HELD)
     async with MixtralClient(world.url, KEY) as client:
-        stream = client.stream("Hello")
+        async with client.stream("Hello") as stream:
+            await first_token(stream)
+        async for event in client.stream("Hello"):
+            if isinstance(event, TokenEvent):
+                break
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(contextlib.suppress(ZeroDivisionError))
+            await first_token(await stack.enter_async_context(client.stream("Hello")))
+            raise ZeroDivisionError
+        open_stream = client.stream("Hello")
+        await first_token(open_stream)
+    await open_stream.aclose()
+    assert (world.states, world.asked("cancel")) == (["streaming"] * 4, [])
+
+
+async def test_stream_cancels_its_job_when_asked_to(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(HELD)
+    async with connect(world.url).stream("Hello") as stream:
+        await stream.cancel()
+        assert world.jobs == {}, "there is none yet"
         await first_token(stream)
-    assert states(world) == ["cancelled"]
-    await stream.aclose()
-    assert len(asked(world, "DELETE")) == 1
+        await stream.cancel()
+        (done,) = await read(stream)
+        assert isinstance(done, DoneEvent)
+        assert done.finish == "cancelled"
+    assert world.states == ["cancelled"]
+
+
+async def test_task_cancelled_between_two_events_has_cancelled_its_job(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(HELD)
+    has_token = asyncio.Event()
+
+    async def slow_reader() -> None:
+        async with connect(world.url).stream("Hello") as stream:
+            await first_token(stream)
+            has_token.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(slow_reader())
+    await has_token.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert world.states == ["cancelled"]
 
 
 async def test_cancelled_task_has_cancelled_its_job(api: ScriptedApi, connect: Connect) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
+    world = api.script(["Once", {"hold": True}])
     chat = asyncio.create_task(connect(world.url).chat("Hello"))
     await until(lambda: world.connections == 1)
     chat.cancel()
     with pytest.raises(asyncio.CancelledError):
         await chat
-    assert states(world) == ["cancelled"]
+    assert world.states == ["cancelled"]
 
 
 async def test_task_cancelled_before_the_job_has_an_id_cancels_it_all_the_same(api: ScriptedApi) -> None:
-    world = api.script(faults=[Fault(on="POST", hold=True)])
+    world = api.script(faults=[Fault(on="submit", hold=True)])
     async with MixtralClient(world.url, KEY) as client:
         chat = asyncio.create_task(client.chat("Hello"))
-        await until(lambda: len(asked(world, "POST")) == 1)
+        await until(lambda: len(world.asked("submit")) == 1)
         chat.cancel()
         with pytest.raises(asyncio.CancelledError):
             await chat
-        world.release.set()
-    assert states(world) == ["cancelled"]
+        world.release()
+    assert world.states == ["cancelled"]
 
 
-async def test_detached_stream_and_mere_reader_leave_the_job_running(api: ScriptedApi) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]])
-    async with MixtralClient(world.url, KEY) as client:
-        async with client.stream("Hello", detach=True) as stream:
-            await first_token(stream)
-        async with client.events(stream.job_id) as reader:
-            await first_token(reader)
-    assert (states(world), asked(world, "DELETE")) == (["streaming"], [])
+async def test_cancelled_task_leaves_a_detached_job_and_one_it_merely_reads_running(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(HELD)
+    client = connect(world.url)
+    job = await client.submit("Hello")
+    for stream in (client.stream("Hello", detach=True), client.events(job.id)):
+        task = asyncio.create_task(read(stream))
+        before = world.connections
+        await until(lambda before=before: world.connections > before)  # type: ignore[misc]
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert (world.states, world.asked("cancel")) == (["streaming"] * 2, [])
 
 
 async def test_cancel_that_fails_is_logged_and_raises_nothing(api: ScriptedApi, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
-    world = api.script(logs=[["Once", {"hold": True}]], faults=[Fault(on="DELETE", status=500, message="the disk is full")])
-    async with connect(world.url).stream("Hello") as stream:
-        await first_token(stream)
+    world = api.script(HELD, faults=[Fault("cancel", status=500, message="the disk is full")])
+    chat = asyncio.create_task(connect(world.url).chat("Hello"))
+    await until(lambda: world.states == ["streaming"])
+    chat.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await chat
     assert 'job=mixtral_chat.0-1 event=cancel_failed reason="the disk is full"' in caplog.text
+
+
+# ------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize(
+    ("script", "limits", "limit"),
+    [
+        ([{"hold": True}], Timeouts(first_token_s=1), "first_token"),
+        ([{"hold": True}], Timeouts(first_token_s=60, total_s=1), "total"),
+        (HELD, Timeouts(first_token_s=60, total_s=1.5), "total"),
+    ],
+)
+async def test_limit_of_a_whole_answer_is_named_and_cancels_the_job(
+    api: ScriptedApi, connect: Connect, script: list[Any], limits: Timeouts, limit: str
+) -> None:
+    world = api.script(script)
+    with pytest.raises(TimedOut, match=rf"job mixtral_chat\.0-1 .* within {limit}_s, [\d.]+ s") as caught:
+        await connect(world.url, timeouts=limits).chat("Hello")
+    assert (caught.value.limit, caught.value.code, caught.value.job_id) == (limit, f"{limit}_timeout", "mixtral_chat.0-1")
+    assert world.states == ["cancelled"]
+
+
+async def test_limit_that_passes_before_the_job_has_an_id_cancels_it_all_the_same(api: ScriptedApi) -> None:
+    world = api.script(faults=[Fault("submit", hold=True)])
+    async with MixtralClient(world.url, KEY, timeouts=Timeouts(total_s=0.05)) as client:
+        with pytest.raises(TimedOut, match="has no id yet"):
+            await client.chat("Hello")
+        world.release()
+    assert world.states == ["cancelled"]
+
+
+async def test_limit_of_a_mere_reader_leaves_the_job_running(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(HELD)
+    client = connect(world.url)
+    stream = client.with_options(timeouts=Timeouts(total_s=1)).events((await client.submit("Hello")).id)
+    with pytest.raises(TimedOut):
+        await read(stream)
+    assert (stream.text, world.states) == ("Once", ["streaming"])
+
+
+async def test_first_token_that_came_ends_that_limit(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(["a", {"hold": True}, "b"])
+    stream = connect(world.url, timeouts=Timeouts(first_token_s=30)).stream("Hello")
+    await first_token(stream)
+    assert stream._next_limit() == (None, None)
+    world.release()
+    assert (await stream.answer()).text == "ab"
+
+
+async def test_connection_that_cannot_be_made_is_named_as_that(connect: Connect) -> None:
+    with socket.socket() as full:  # its one place is taken, and nobody accepts
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with contextlib.ExitStack() as takers:
+            for _ in range(4):
+                taker = takers.enter_context(socket.socket())
+                taker.setblocking(False)
+                taker.connect_ex(full.getsockname())
+            client = connect(f"http://127.0.0.1:{full.getsockname()[1]}", retry=Retry(max_tries=1), timeouts=Timeouts(connect_s=0.05))
+            with pytest.raises(ConnectionLost, match=r"no connection within connect_s, 0\.05 s") as caught:
+                await client.models()
+    assert caught.value.code == "connect_timeout"
+
+
+async def test_silences_of_a_stream_and_of_an_answer_have_codes_of_their_own(api: ScriptedApi, connect: Connect) -> None:
+    client = connect(api.script(HELD, faults=[Fault("submit", hold=True)]).url, retry=Retry(max_tries=1), timeouts=Timeouts(answer_s=0.05))
+    with pytest.raises(ConnectionLost) as caught:
+        await client.submit("Hello")
+    assert caught.value.code == "answer_timeout"
+    with pytest.raises(ConnectionLost, match=r"was silent for 0\.05 s") as caught:
+        await client.with_options(timeouts=Timeouts(silence_s=0.05)).chat("Hello")
+    assert caught.value.code == "silence_timeout"
+
+
+async def test_tries_are_counted_and_the_last_error_is_told(api: ScriptedApi, connect: Connect) -> None:
+    world = api.script(faults=[Fault("submit")] * 10)
+    client = connect(world.url)
+    with pytest.raises(Unavailable):
+        await client.with_options(retry=Retry(max_tries=3, first_wait_s=0.001)).submit("Hello")
+    assert len(world.requests) == 3
+    await client.submit("Hello")
+    assert len(world.requests) == 3 + 7 + 1, "the client itself is as patient as it was"
+
+
+# ------------------------------------------------------------------------------------------ what a stream keeps
+
+
+async def test_answer_of_a_stream_holds_what_was_read_before(api: ScriptedApi, connect: Connect) -> None:
+    stream = connect(api.script(["a", "b", {"rewind": 1}, "c"]).url).stream("Hello")
+    await first_token(stream)
+    assert stream.text == "a"
+    answer = await stream.answer()
+    assert (answer.text, stream.text, answer.job_id) == ("ac", "ac", "mixtral_chat.0-1")
+
+
+@pytest.mark.parametrize(("to", "text"), [(2, "xy"), (1, "xy"), (0, "xy"), (3, "cxy")])
+async def test_text_of_a_resumed_stream_begins_after_its_id_and_honours_rewinds_before_it(
+    api: ScriptedApi, connect: Connect, to: int, text: str
+) -> None:
+    client = connect(api.script(["a", "b", {"hold": True}, "c", {"rewind": to}, "x", "y"]).url)
+    job = await client.submit("Hello")
+    await client.job(job.id)
+    world_released = client.events(job.id, after=2)
+    api.worlds[-1].release()
+    assert (await world_released.answer()).text == text
+
+
+async def test_logprobs_are_kept_with_the_answer(api: ScriptedApi, connect: Connect) -> None:
+    chance = {"id": 7, "text": "a", "bytes": "61", "logprob": -0.5, "top": []}
+    world = api.script([{"event": "token", "offset": 1, "text": "a", "logprobs": chance}])
+    answer = await connect(world.url).chat("Hello", logprobs=True, top_logprobs=0)
+    assert [one.logprob for one in answer.logprobs] == [-0.5]
+    assert world.asked("submit")[0].body["top_logprobs"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ what it needs
@@ -506,3 +663,13 @@ def test_module_imports_without_what_it_does_not_need(module: str, absent: set[s
     loaded = set(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout))
     assert module in loaded
     assert absent & loaded == set()
+
+
+def test_package_names_what_it_offers_and_its_version() -> None:
+    import mixtral_client
+
+    assert set(mixtral_client.__all__) <= set(dir(mixtral_client))
+    assert [getattr(mixtral_client, name).__name__ for name in mixtral_client.__all__[:-1]] == mixtral_client.__all__[:-1]
+    assert mixtral_client.__version__ == importlib.metadata.version("mixtral-chat")
+    with pytest.raises(AttributeError, match="'mixtral_client' has no attribute 'Client'"):
+        _ = mixtral_client.Client  # type: ignore[attr-defined]

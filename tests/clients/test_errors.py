@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from datetime import UTC, datetime
 
@@ -64,3 +66,18 @@ def test_tree_at_the_top_draws_the_classes_as_they_are() -> None:
     kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.MixtralError)]
     actual = [(one.__name__, one.__base__.__name__ if one is not errors.MixtralError and one.__base__ else None) for one in kinds]
     assert sorted(drawn, key=str) == sorted(actual, key=str)
+
+
+EXAMPLES = [
+    errors.refusal("GET http://x/", 429, {"x-request-id": "r1", "retry-after": "3"}, b""),
+    errors.JobStopped("job-1", "cancelled", "Once"),
+    errors.TimedOut("total", 3.0, "job-1"),
+    errors.ConnectionLost("gone", code="answer_timeout"),
+    errors.EventTooLarge(100),
+]
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_error_crosses_processes_with_all_it_knows(error: errors.MixtralError) -> None:
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (type(twin), twin.args, vars(twin), str(twin)) == (type(error), error.args, vars(error), str(error))

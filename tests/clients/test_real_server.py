@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mixtral_client import MixtralClient
-from mixtral_client.errors import JobFailed, NotAuthenticated, NotFound, RequestRefused
+from mixtral_client import MixtralClient, Timeouts
+from mixtral_client.errors import JobFailed, NotAuthenticated, NotFound, RequestRefused, TimedOut
 from mixtral_client.protocol import DoneEvent, FrameError, QueuedEvent, TokenEvent
 from support.cutting_proxy import CuttingProxy
 from support.live_server import LiveServer
@@ -110,24 +110,95 @@ async def test_job_is_followed_on_from_the_last_id(server: LiveServer, client: M
     assert "".join(seen + rest) == answer_to("Hello")
 
 
-async def test_waiting_chat_knows_its_place_and_leaving_it_cancels_it(client: MixtralClient) -> None:
+async def test_waiting_chat_knows_its_place_and_is_cancelled_when_asked_to(client: MixtralClient) -> None:
     async with client.stream("Hello") as stream:
         event = await anext(stream)
         assert isinstance(event, QueuedEvent)
         assert event.position == 1
-    assert (await client.job(stream.job_id)).state == "cancelled"
+        await stream.cancel()
+        done = [event async for event in stream][-1]
+    assert isinstance(done, DoneEvent)
+    assert (done.finish, (await client.job(stream.job_id)).state) == ("cancelled", "cancelled")
 
 
-async def test_running_chat_whose_reader_leaves_is_taken_from_its_worker(server: LiveServer, client: MixtralClient) -> None:
+async def test_running_chat_whose_task_is_cancelled_is_taken_from_its_worker(server: LiveServer, client: MixtralClient) -> None:
+    has_token = asyncio.Event()
+    stream = client.stream("Hello")
+
+    async def read() -> None:
+        async with stream:
+            async for event in stream:
+                if isinstance(event, TokenEvent):
+                    has_token.set()
+
+    async with worker_of(server, pause_after=2) as worker:
+        reading = asyncio.create_task(read())
+        await has_token.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert (await client.job(stream.job_id)).state == "cancelled"
+        async with asyncio.timeout(DEADLINE_S):
+            while stream.job_id not in worker.dropped:  # noqa: ASYNC110 (the worker has no event for it)
+                await asyncio.sleep(0.01)
+
+
+async def test_chat_whose_reader_leaves_runs_to_its_end_and_is_read_whole_later(server: LiveServer, client: MixtralClient) -> None:
     async with worker_of(server, pause_after=2) as worker:
         async with client.stream("Hello") as stream:
             async for event in stream:
                 if isinstance(event, TokenEvent) and event.offset == 2:
                     break
-        await until_state(client, stream.job_id, "cancelled")
-        async with asyncio.timeout(DEADLINE_S):
-            while stream.job_id not in worker.dropped:  # noqa: ASYNC110 (the worker has no event for it)
-                await asyncio.sleep(0.01)
+        worker.go.set()
+        await until_state(client, stream.job_id, "done")
+    answer = await client.events(stream.job_id).answer()
+    assert (answer.text, answer.finish) == (answer_to("Hello"), "stop")
+
+
+async def test_limit_of_a_whole_answer_cancels_a_chat_that_no_worker_takes(client: MixtralClient) -> None:
+    with pytest.raises(TimedOut, match="brought no token within first_token_s") as caught:
+        await client.with_options(timeouts=Timeouts(first_token_s=2)).chat("Hello")
+    assert (await client.job(caught.value.job_id)).state == "cancelled"
+
+
+async def test_every_option_is_one_that_the_service_takes(server: LiveServer, client: MixtralClient) -> None:
+    async with worker_of(server):
+        answer = await client.chat(
+            "Hello",
+            max_tokens=4,
+            min_tokens=1,
+            temperature=0.5,
+            top_p=0.5,
+            top_k=3,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=0.5,
+            frequency_penalty=0.5,
+            logit_bias={5: 2.5},
+            seed=7,
+            stop=["never"],
+            stop_token_ids=[2],
+            ignore_eos=True,
+            response_format={"type": "text"},
+            logprobs=True,
+            top_logprobs=2,
+            truncate="oldest_turns",
+            priority=1,
+            queue_timeout_s=60,
+        )
+    assert (answer.finish, [len(one.top) for one in answer.logprobs]) == ("length", [2] * 4)
+
+
+async def test_script_without_an_event_loop_reads_a_chat_whole_through_cut_connections(server: LiveServer) -> None:
+    script = """
+import sys
+from mixtral_client import SyncClient
+with SyncClient(sys.argv[1], sys.argv[2]) as client:
+    print(client.chat("Tell a story").text, end="")
+"""
+    async with CuttingProxy(server.url, cut_after=[420, 500]) as proxy, worker_of(server):
+        out = await output_of(sys.executable, "-c", script, proxy.url, server.client_key, PYTHONPATH=str(ROOT / "clients/python"))
+    assert (proxy.cuts, out) == (2, answer_to("Tell a story"))
 
 
 async def test_error_of_a_worker_reaches_the_caller_in_its_words(server: LiveServer, client: MixtralClient) -> None:

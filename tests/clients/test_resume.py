@@ -66,6 +66,17 @@ def test_error_is_raised_once_the_next_try_would_come_too_late() -> None:
         waits.wait_s(LOST)
 
 
+def test_tries_in_a_row_are_counted_and_progress_begins_anew() -> None:
+    waits = Patience(Retry(first_wait_s=0.5, max_tries=3), 1000.0, clock=Clock(), dice=lambda: 1.0)
+    for _ in range(2):
+        assert [waits.wait_s(LOST), waits.wait_s(LOST)] == [0.5, 1]
+        with pytest.raises(ConnectionLost):
+            waits.wait_s(LOST)
+        waits.reset()
+    with pytest.raises(ValueError, match="must be 1 or more; got 0"):
+        Retry(max_tries=0)
+
+
 @pytest.mark.parametrize("error", [NotAuthenticated("no", code="invalid_api_key"), BadAnswer("what")])
 def test_error_that_will_not_pass_is_raised_at_once(error: MixtralError) -> None:
     with pytest.raises(type(error)):

@@ -1,10 +1,7 @@
-"""mixtral-chat: a chat in the terminal, or one question through a pipe.
+"""mixtral-chat: a chat in the terminal, or one question from a pipe or the command line.
 
-    mixtral-chat --api_server http://127.0.0.1:7777          # a chat: /system TEXT, /reset, /quit; Ctrl-C stops an answer
-    echo "Tell a story." | mixtral-chat --json               # one answer, its events as JSON lines
-
-Decides what is shown and what a chat remembers. Leaves the network to client.py. Exit status: 0 answered, 1 the service or the
-job failed, 2 called wrongly, 130 stopped by Ctrl-C.
+Decides what is shown and when it is kept. Leaves the network to client.py and the files to transcript.py. The answer, and nothing else,
+goes to stdout; everything that is said about it to stderr.
 """
 
 from __future__ import annotations
@@ -12,36 +9,56 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import cast
 
-from mixtral_client.client import DEFAULT_MODEL, KEY_VARIABLE, JobOptions, MixtralClient
-from mixtral_client.errors import MixtralError
-from mixtral_client.protocol import ChatMessage, DoneEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent
+from mixtral_client.client import DEFAULT_MODEL, KEY_VARIABLE, JobOptions, JobStream, MixtralClient
+from mixtral_client.errors import PASSING, MixtralError, TimedOut
+from mixtral_client.protocol import DoneEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent
+from mixtral_client.resume import Timeouts
+from mixtral_client.transcript import Conversation, Unfinished, UnfinishedFile
 
-HELP = "/system TEXT sets the system prompt, /reset starts a new chat, /quit leaves; Ctrl-C stops an answer"
+DEFAULT_SERVER = "http://127.0.0.1:7777"
+SERVER_VARIABLE = "MIXTRAL_API_SERVER"
+ANSWERED, FAILED, CALLED_WRONGLY, TRY_AGAIN, STOPPED = 0, 1, 2, 75, 130
+
+COMMANDS = {
+    "/system TEXT": "set the system prompt; without TEXT there is none",
+    "/reset": "start a new chat",
+    "/show": "print the chat so far",
+    "/save FILE": "keep the chat in FILE",
+    "/load FILE": "go on with the chat in FILE",
+    "/help": "these lines",
+    "/quit": "leave; so does Ctrl-D",
+}
+HELP = "\n".join(f"  {name:14}{words}" for name, words in COMMANDS.items())
+EXAMPLES = f"""\
+in a chat:
+{HELP}
+  Ctrl-C        stop the answer and cancel its job; what came of it is kept
+  a line that ends in \\ goes on in the next
+
+examples:
+  mixtral-chat --api_server http://127.0.0.1:7777                 # a chat
+  mixtral-chat "Tell a story about a cat."                        # one answer
+  head -50 README.md | mixtral-chat "Sum this up in a sentence:"  # one answer about what is piped in
+  mixtral-chat --history cat.json "And then?"                     # goes on with the chat in that file, and keeps it there
+  mixtral-chat --json "Hello" | tail -1                           # events as lines of JSON: queued, token, …, done or error
+  mixtral-chat --resume                                           # the answer that was coming when this program or its terminal ended
+
+exit status: {ANSWERED} answered, {FAILED} the service or the job failed, {CALLED_WRONGLY} called wrongly,
+{TRY_AGAIN} the service is full, away or too slow and may answer later, {STOPPED} stopped by Ctrl-C
+"""
 # What a terminal would obey instead of show: an answer must not move the cursor or set the title.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-@dataclass
-class Conversation:
-    """What the next request says: the system prompt and every exchange that got an answer, or the beginning of one."""
-
-    system: str = ""
-    messages: list[ChatMessage] = field(default_factory=list)
-
-    def asking(self, question: str) -> list[ChatMessage]:
-        system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        return [*system, *self.messages, ChatMessage(role="user", content=question)]
-
-    def add(self, question: str, answer: str) -> None:
-        if answer:
-            self.messages += [ChatMessage(role="user", content=question), ChatMessage(role="assistant", content=answer)]
 
 
 class Screen:
@@ -50,26 +67,19 @@ class Screen:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self._is_terminal = sys.stdout.isatty()
-        self._pieces: list[str] = []
 
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    def show(self, event: JobEvent) -> None:
-        if isinstance(event, TokenEvent):
-            self._pieces.append(event.text)
-        elif isinstance(event, RewindEvent):
-            del self._pieces[event.to :]
+    def show(self, event: JobEvent, text: str) -> None:
+        """text: the whole answer so far."""
         if self.as_json:
             print(event.model_dump_json(), flush=True)
         elif isinstance(event, TokenEvent):
             self._write(event.text)
         elif isinstance(event, RewindEvent):
             self.notice("\n[the end of the answer was lost; again, from its start]")
-            self._write(self.text)
+            self._write(text)
         elif isinstance(event, QueuedEvent) and event.position > 1:
-            self.notice(f"[waiting: place {event.position} in the queue]")
+            eta = "" if event.eta_s is None else f", about {event.eta_s:.0f} s"
+            self.notice(f"[waiting: place {event.position} in the queue{eta}]")
         elif isinstance(event, MovedEvent):
             self.notice("\n[another worker goes on]")
         elif isinstance(event, DoneEvent):
@@ -95,115 +105,258 @@ class Screen:
         return CONTROL_CHARACTERS.sub("�", text) if self._is_terminal else text
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How this run asks and shows. history: the file that keeps the conversation, if one was named."""
+
+    api_server: list[str]
+    options: JobOptions
+    as_json: bool
+    history: Path | None
+
+
 class TerminalChat:
     """Turns of one conversation with one client, each run to its end on the runner's loop."""
 
-    def __init__(self, runner: asyncio.Runner, client: MixtralClient, options: JobOptions, *, system: str, as_json: bool) -> None:
+    def __init__(
+        self, runner: asyncio.Runner, client: MixtralClient, settings: Settings, conversation: Conversation, unfinished: UnfinishedFile
+    ) -> None:
         self._runner = runner
         self._client = client
-        self._options = options
-        self._as_json = as_json
-        self._conversation = Conversation(system)
+        self._settings = settings
+        self._conversation = conversation
+        self._unfinished = unfinished
 
     def ask(self, question: str) -> int:
         """One exchange; gives its exit status. Ctrl-C cancels the job and keeps what came of the answer."""
-        screen = Screen(as_json=self._as_json)
+        return self._read(self._client.stream(self._conversation.asking(question), **self._settings.options), question)
+
+    def resume(self, job_id: str, question: str) -> int:
+        """Read an answer that was asked for before, from its start; question "" is not known."""
+        return self._read(self._client.events(job_id), question)
+
+    def _read(self, stream: JobStream, question: str) -> int:
+        screen = Screen(as_json=self._settings.as_json)
+        status, is_lost = ANSWERED, False
         try:
-            self._runner.run(self._answer(question, screen))
+            self._runner.run(self._show(stream, question, screen))
+            status = {"stop": ANSWERED, "length": ANSWERED, "expired": TRY_AGAIN}.get(stream.finish or "", FAILED)
         except MixtralError as error:
             screen.failed(error)
-            return 1
+            is_lost = isinstance(error, PASSING) and stream.job_id != ""
+            status = TRY_AGAIN if isinstance(error, (*PASSING, TimedOut)) else FAILED
         except KeyboardInterrupt:
             screen.notice("\n[stopped]")
-            return 130
-        finally:
-            self._conversation.add(question, screen.text)
-        return 0
+            status = STOPPED
+        if is_lost:
+            screen.notice("[the answer goes on without us: mixtral-chat --resume reads it once the service can be reached]")
+        else:
+            self._unfinished.forget(stream.job_id)
+        if question:
+            self._conversation.add(question, stream.text)
+            self._keep(screen)
+        return status
 
-    async def _answer(self, question: str, screen: Screen) -> None:
-        async with self._client.stream(self._conversation.asking(question), **self._options) as events:
-            async for event in events:
-                screen.show(event)
+    async def _show(self, stream: JobStream, question: str, screen: Screen) -> None:
+        is_noted = False
+        try:
+            async with stream:
+                async for event in stream:
+                    if not is_noted:
+                        self._note(stream.job_id, question)
+                        is_noted = True
+                    screen.show(event, stream.text)
+        except (asyncio.CancelledError, BrokenPipeError, TimedOut):  # of a resumed job too: whoever reads it wants no more
+            with contextlib.suppress(MixtralError):
+                await asyncio.shield(stream.cancel())
+            self._unfinished.forget(stream.job_id)
+            raise
+
+    def _note(self, job_id: str, question: str) -> None:
+        self._unfinished.note(
+            Unfinished(api_server=self._settings.api_server, job_id=job_id, question=question, conversation=self._conversation)
+        )
+
+    def _keep(self, screen: Screen) -> None:
+        if self._settings.history is not None:
+            try:
+                self._conversation.save(self._settings.history)
+            except OSError as error:
+                screen.notice(f"the chat could not be kept: {error}")
+
+    # ------------------------------------------------------------------------------------------ the terminal
 
     def talk(self) -> int:
         """Read questions and commands from the terminal until /quit or its end."""
-        print(HELP, file=sys.stderr)
+        print("/help lists the commands; Ctrl-C stops an answer, /quit leaves", file=sys.stderr)
         while True:
             try:
-                line = input("" if self._as_json else "> ").strip()
+                line = self._line().strip()
             except EOFError:
-                return 0
+                return ANSWERED
             except KeyboardInterrupt:
                 print("\n(/quit leaves)", file=sys.stderr)
                 continue
             if line == "/quit":
-                return 0
+                return ANSWERED
             if line.startswith("/"):
                 self._command(line)
             elif line:
                 self.ask(line)
 
+    def _line(self) -> str:
+        lines = [self._input("> ")]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._input("... "))
+        return "\n".join(lines)
+
+    def _input(self, prompt: str) -> str:
+        if sys.stdout.isatty() and not self._settings.as_json:
+            return input(prompt)
+        print(prompt, end="", file=sys.stderr, flush=True)  # stdout is for answers
+        return input()
+
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
+        try:
+            print(self._obey(name, rest.strip()), file=sys.stderr)
+        except (OSError, ValueError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+
+    def _obey(self, name: str, rest: str) -> str:
+        chat = self._conversation
+        if name == "/system":
+            chat.system = rest
+            return f"[system prompt: {rest or 'none'}]"
         if name == "/reset":
-            self._conversation.messages.clear()
-            print("[a new chat]", file=sys.stderr)
-        elif name == "/system":
-            self._conversation.system = rest.strip()
-            print(f"[system prompt: {self._conversation.system or 'none'}]", file=sys.stderr)
-        else:
-            print(f"{name} is no command here: {HELP}", file=sys.stderr)
+            chat.messages.clear()
+            return "[a new chat]"
+        if name == "/show":
+            return "\n".join(f"{one.role}: {CONTROL_CHARACTERS.sub('�', one.content)}" for one in chat.messages) or "[nothing was said yet]"
+        if name in ("/save", "/load") and not rest:
+            raise ValueError(f"name a file, as in {name} chat.json")
+        if name == "/save":
+            chat.save(Path(rest).expanduser())
+            return f"[{len(chat.messages)} messages are in {rest}]"
+        if name == "/load":
+            self._conversation = Conversation.load(Path(rest).expanduser())
+            return f"[{len(self._conversation.messages)} messages from {rest}]"
+        if name == "/help":
+            return HELP
+        raise ValueError("there is no such command; /help lists them")
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a letter gets "?" for it, not a traceback
     arguments = _parser().parse_args(argv)
-    names = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed")
-    options = cast(JobOptions, {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None})
+    unfinished = UnfinishedFile(os.environ)
     try:
-        client = MixtralClient(arguments.api_server, arguments.api_key)
-    except (MixtralError, ValueError) as error:
+        coming = _coming(arguments, unfinished)
+        settings = _settings(arguments, coming, os.environ)
+        conversation = _conversation(arguments, coming, settings.history)
+        client = MixtralClient(settings.api_server, arguments.api_key, timeouts=Timeouts(total_s=arguments.timeout_s))
+    except (MixtralError, ValueError, OSError) as error:
         print(f"mixtral-chat: {error}", file=sys.stderr)
-        return 2
+        return CALLED_WRONGLY
     with asyncio.Runner() as runner:
         try:
-            chat = TerminalChat(runner, client, options, system=arguments.system, as_json=arguments.json)
-            return _ask_pipe(chat) if not sys.stdin.isatty() else _talk(chat)
+            return _run(TerminalChat(runner, client, settings, conversation, unfinished), arguments, coming)
         except BrokenPipeError:  # `mixtral-chat | head`: who read us is gone, and the interpreter must not complain at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return ANSWERED
+        except KeyboardInterrupt:  # while the question was still coming
+            return STOPPED
         finally:
             runner.run(client.close())
 
 
-def _ask_pipe(chat: TerminalChat) -> int:
-    question = sys.stdin.buffer.read().decode("utf-8", errors="replace").strip()
-    if not question:
-        print(
-            "mixtral-chat: stdin is not a terminal and holds no message; pipe one in, such as: echo Hello | mixtral-chat", file=sys.stderr
-        )
-        return 2
-    return chat.ask(question)
+def _run(chat: TerminalChat, arguments: argparse.Namespace, coming: Unfinished | None) -> int:
+    is_terminal = sys.stdin.isatty()
+    if coming is not None:
+        status = chat.resume(coming.job_id, coming.question)
+        return _talk(chat) if is_terminal and status in (ANSWERED, STOPPED) else status
+    if not is_terminal or arguments.message:
+        piped = "" if is_terminal else sys.stdin.buffer.read().decode("utf-8", errors="replace").strip()
+        question = "\n\n".join(part for part in (" ".join(arguments.message), piped) if part)
+        if not question:
+            words = "stdin is not a terminal and holds no message; pipe one in, such as: echo Hello | mixtral-chat"
+            print(f"mixtral-chat: {words}", file=sys.stderr)
+            return CALLED_WRONGLY
+        return chat.ask(question)
+    return _talk(chat)
 
 
 def _talk(chat: TerminalChat) -> int:
-    with contextlib.suppress(ImportError):  # line editing and history, where this Python has them
+    with contextlib.suppress(ImportError):  # line editing, and the lines before with the up key, where this Python has them
         import readline  # noqa: F401
     return chat.talk()
 
 
+def _coming(arguments: argparse.Namespace, file: UnfinishedFile) -> Unfinished | None:
+    """The answer to resume, if one is meant. Raises ValueError if there is none."""
+    if arguments.resume is None:
+        return None
+    if arguments.message:
+        raise ValueError("--resume reads an answer that was asked for before and takes no message; leave one of them out")
+    noted = file.read()
+    if arguments.resume == "":
+        if noted is None:
+            raise ValueError("no answer was left unfinished here; name a job, as in --resume JOB_ID")
+        return noted
+    if noted is not None and noted.job_id == arguments.resume:
+        return noted
+    return Unfinished(api_server=[], job_id=arguments.resume, question="", conversation=Conversation())
+
+
+def _settings(arguments: argparse.Namespace, coming: Unfinished | None, environment: Mapping[str, str]) -> Settings:
+    named = environment.get(SERVER_VARIABLE, "").split()
+    servers = arguments.api_server or (coming.api_server if coming else []) or named or [DEFAULT_SERVER]
+    names = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "priority")
+    options = cast(JobOptions, {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None})
+    return Settings(servers, options, arguments.json, arguments.history)
+
+
+def _conversation(arguments: argparse.Namespace, coming: Unfinished | None, history: Path | None) -> Conversation:
+    conversation = coming.conversation if coming else Conversation.load(history) if history and history.exists() else Conversation()
+    if arguments.system is not None:
+        conversation.system = arguments.system
+    return conversation
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mixtral-chat", description=f"Chat with a Mixtral service. {HELP}.")
-    server = "address of the service; of its replicas, if there are several (default: %(default)s)"
-    parser.add_argument("--api_server", nargs="+", default=["http://127.0.0.1:7777"], metavar="URL", help=server)
-    parser.add_argument("--api_key", help=f"a client key (default: {KEY_VARIABLE} of the environment)")
+    parser = argparse.ArgumentParser(
+        prog="mixtral-chat",
+        description="Chat with a Mixtral service: in the terminal, from a pipe, or one message from the command line.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("message", nargs="*", help="one message; before what is piped in, if something is")
+    server = f"address of the service, or those of its replicas (default: {SERVER_VARIABLE} of the environment, or {DEFAULT_SERVER})"
+    parser.add_argument("--api_server", action="append", metavar="URL", help=f"{server}; may be repeated")
+    parser.add_argument("--api_key", help=f"a client key (default: {KEY_VARIABLE} of the environment, where others cannot read it)")
     parser.add_argument("--endpoint_name", dest="model", default=DEFAULT_MODEL, help="which model answers (default: %(default)s)")
-    parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--max_tokens", type=int, help="longest answer, in tokens (default: the endpoint's)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy, at most 2 (default: the endpoint's)")
-    parser.add_argument("--top_p", type=float, help="keep the likeliest tokens of this total probability")
-    parser.add_argument("--top_k", type=int, help="keep this many of the likeliest tokens; 0 keeps all")
-    parser.add_argument("--seed", type=int, help="the same seed and chat give the same answer")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="the chat goes on from FILE, if it exists, and is kept there")
+    parser.add_argument("--resume", nargs="?", const="", metavar="JOB_ID", help="read an answer again; the newest unfinished one")
     parser.add_argument("--json", action="store_true", help="print each event as a line of JSON")
+    parser.add_argument("--timeout_s", type=float, metavar="S", help="give an answer up, and cancel it, after so many seconds")
+    sampling = parser.add_argument_group("the answer", "What is left out is the endpoint's to decide.")
+    sampling.add_argument("--max_tokens", type=int, metavar="N", help="longest answer, in tokens")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, at most 2")
+    sampling.add_argument("--top_p", type=float, metavar="P", help="keep the likeliest tokens of this total probability")
+    sampling.add_argument("--top_k", type=int, metavar="K", help="keep this many of the likeliest tokens; 0 keeps all")
+    sampling.add_argument("--min_p", type=float, metavar="P", help="keep tokens of at least this share of the best one's probability")
+    sampling.add_argument("--repetition_penalty", type=float, metavar="R", help="1 is none, at most 10")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed and chat give the same answer")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
+    sampling.add_argument("--priority", type=int, metavar="N", help="0 is served first, 9 last")
+    parser.add_argument("--version", action="version", version=version("mixtral-chat"))
     return parser
 
 

@@ -1,22 +1,26 @@
 """MixtralClient: chats over the native job routes, so that a broken connection costs a pause and never a token.
 
-Decides when to ask again, at which replica, and when a job is cancelled because its reader left. Leaves shapes to protocol.py,
-bytes to sse.py, what is new and how long to try to resume.py, and which error an answer is to errors.py.
+Decides when to ask again, at which replica, and when a job is cancelled. Leaves shapes to protocol.py, bytes to sse.py, what is new
+and how long to try to resume.py, which error an answer is to errors.py, and scripts that are not asynchronous to sync.py.
 
 Every request may be repeated safely: reads by nature, a cancel because it is final, a submit by its Idempotency-Key. So each is
 tried again after 429, 502, 503, 504 and lost connections, as long as Retry allows.
+
+Leaving is not cancelling: a job runs on when a reader breaks off, fails or dies. It is cancelled by `cancel`, by the cancellation of the
+task that reads it (which is how asyncio says that nobody wants the outcome any more), and by the caller's own Timeouts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import io
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote, urlsplit
@@ -28,15 +32,18 @@ from mixtral_client.errors import (
     PASSING,
     BadAnswer,
     ConnectionLost,
+    JobFailed,
     JobStopped,
     MixtralError,
     NotAuthenticated,
     RequestRefused,
+    TimedOut,
     refusal,
 )
 from mixtral_client.protocol import (
     ChatMessage,
     DoneEvent,
+    Finish,
     JobAccepted,
     JobEvent,
     JobRequest,
@@ -44,13 +51,16 @@ from mixtral_client.protocol import (
     ModelCard,
     ModelList,
     QueuedEvent,
+    ResponseFormat,
     RewindEvent,
     Timings,
     TokenEvent,
+    TokenLogprobs,
+    Truncate,
     Usage,
     Wire,
 )
-from mixtral_client.resume import LogPosition, Patience, Retry
+from mixtral_client.resume import LogPosition, Patience, Retry, Timeouts
 from mixtral_client.sse import SseDecoder
 
 DEFAULT_MODEL = "mixtral_chat"
@@ -70,15 +80,27 @@ Answered = TypeVar("Answered", bound=Wire)
 
 
 class JobOptions(TypedDict, total=False):
-    """What may be said about a job besides its text; one left out takes the endpoint's default."""
+    """What may be said about a job besides its text; one left out takes the endpoint's default. Ranges: docs/api.md, Sampling."""
 
     model: str
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int
-    stop: str | list[str]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    response_format: ResponseFormat | Mapping[str, Any]
+    logprobs: bool
+    top_logprobs: int
+    truncate: Truncate
     priority: int
     queue_timeout_s: float
 
@@ -92,10 +114,21 @@ class Answer:
     finish: Literal["stop", "length"]
     usage: Usage
     timings: Timings | None
+    logprobs: list[TokenLogprobs]
+    """One for each token, if the job asked for them."""
+
+
+@dataclass
+class _Shared:
+    """What a client has in common with those that with_options made of it."""
+
+    at: int = 0  # which server is asked next
+    http: aiohttp.ClientSession | None = None
+    goodbyes: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class MixtralClient:
-    """A service, at one address or at several replicas. Use as `async with`; may run any number of chats at once."""
+    """A service, at one address or at several replicas. Use as `async with`; may run any number of chats at once, on one event loop."""
 
     def __init__(
         self,
@@ -103,8 +136,7 @@ class MixtralClient:
         api_key: str | None = None,
         *,
         retry: Retry | None = None,
-        answer_timeout_s: float = 15.0,
-        silence_timeout_s: float = 45.0,  # of a stream; the server sends a comment every 15 s at least
+        timeouts: Timeouts | None = None,
     ) -> None:
         servers = [api_server] if isinstance(api_server, str) else list(api_server)
         self._servers = [_base_url(server) for server in servers]
@@ -113,13 +145,16 @@ class MixtralClient:
         self._key = (api_key or os.environ.get(KEY_VARIABLE, "")).strip()
         if not self._key:
             raise NotAuthenticated(f"no key was given; pass api_key or set {KEY_VARIABLE}", code="no_api_key")
-        self._retry = retry or Retry()
-        self._answer_timeout_s = answer_timeout_s
-        self._silence_timeout_s = silence_timeout_s
-        self._at = 0
-        self._http: aiohttp.ClientSession | None = None
-        self._ours: set[str] = set()  # jobs that end when their reader leaves
-        self._goodbyes: set[asyncio.Task[None]] = set()
+        self.retry = retry or Retry()
+        self.timeouts = timeouts or Timeouts()
+        self._shared = _Shared()
+
+    def with_options(self, *, retry: Retry | None = None, timeouts: Timeouts | None = None) -> Self:
+        """This client with other patience, for one call or many. It has the same connections: close the first one alone."""
+        other = copy.copy(self)
+        other.retry = retry or self.retry
+        other.timeouts = timeouts or self.timeouts
+        return other
 
     async def __aenter__(self) -> Self:
         return self
@@ -128,22 +163,20 @@ class MixtralClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what streams still run, wait for that a few seconds at most, and close all connections."""
-        for job_id in list(self._ours):
-            self._leave(job_id)
-        await asyncio.gather(*self._goodbyes)
-        if self._http is not None:
-            await self._http.close()
+        """Close all connections, once the cancels under way are answered, or a few seconds later. Jobs run on."""
+        await asyncio.gather(*self._shared.goodbyes)
+        if self._shared.http is not None:
+            await self._shared.http.close()
 
     # ------------------------------------------------------------------------------------------ whole answers
 
     async def chat(self, messages: Messages, **options: Unpack[JobOptions]) -> Answer:
         """The whole answer to a chat. Raises JobStopped if somebody cancels the job, JobFailed if it fails."""
-        return await _whole(self.stream(messages, **options))
+        return await self.stream(messages, **options).answer()
 
     async def complete(self, prompt: Prompt, **options: Unpack[JobOptions]) -> Answer:
         """The whole continuation of a text, without a chat's form. Raises as chat does."""
-        return await _whole(self.stream(prompt=prompt, **options))
+        return await self.stream(prompt=prompt, **options).answer()
 
     # ------------------------------------------------------------------------------------------ streams and jobs
 
@@ -156,14 +189,14 @@ class MixtralClient:
         idempotency_key: str | None = None,
         **options: Unpack[JobOptions],
     ) -> JobStream:
-        """Queue a chat (or a text to continue) and read its events as they come. A reader that leaves before the end cancels
-        the job; with detach it runs on, for `events` or `job` to fetch."""
-        request = _job_request(messages, prompt, options)
-        return JobStream(self, LogPosition(""), _Order(request, idempotency_key or _new_key(), detach))
+        """Queue a chat (or a text to continue) and read its events as they come. Leaving the loop leaves the job running, for `events`
+        or `job` to fetch; cancelling the task that reads cancels the job too, unless detach."""
+        order = _Order(_job_request(messages, prompt, options), idempotency_key or _new_key())
+        return JobStream(self, LogPosition(""), order, detach=detach)
 
     def events(self, job_id: str, after: str | int = "") -> JobStream:
-        """The events of a job after the one named by `after` (JobStream.last_id, or an offset). Leaving does not cancel."""
-        return JobStream(self, LogPosition(job_id, after), None)
+        """The events of a job after the one named by `after` (JobStream.last_id, or an offset). Never cancels it by itself."""
+        return JobStream(self, LogPosition(job_id, after), None, detach=True)
 
     async def submit(
         self,
@@ -195,33 +228,22 @@ class MixtralClient:
 
     # ------------------------------------------------------------------------------------------ following a job
 
-    async def _order_and_follow(self, position: LogPosition, order: _Order) -> AsyncGenerator[JobEvent]:
+    async def _order_and_follow(self, position: LogPosition, order: _Order, *, detach: bool) -> AsyncGenerator[JobEvent]:
         submitting = asyncio.create_task(self._submit(order.request, order.key))
         try:
             position.job_id = (await asyncio.shield(submitting)).id
         except asyncio.CancelledError:
             # The request is on its way and may make a job yet: wait for its id, or that job would run for nobody.
-            self._keep(self._goodbye(submitting, cancels=not order.detach))
+            self._keep(self._goodbye(submitting, cancels=not detach))
             raise
-        if not order.detach:
-            self._ours.add(position.job_id)
-        try:
-            async with contextlib.aclosing(self._follow(position)) as events:
-                async for event in events:
-                    if isinstance(event, DoneEvent):
-                        self._ours.discard(position.job_id)
-                    yield event
-        except MixtralError:
-            self._ours.discard(position.job_id)
-            raise
-        finally:
-            if goodbye := self._leave(position.job_id):
-                await asyncio.shield(goodbye)
+        async with contextlib.aclosing(self._follow(position)) as events:
+            async for event in events:
+                yield event
 
     async def _follow(self, position: LogPosition) -> AsyncGenerator[JobEvent]:
-        patience = Patience(self._retry, self._retry.resume_for_s)
+        patience = Patience(self.retry, self.retry.resume_for_s)
         while True:
-            at = self._at
+            at = self._shared.at
             try:
                 async with contextlib.aclosing(self._connection(position, patience)) as events:
                     async for event in events:
@@ -231,7 +253,7 @@ class MixtralClient:
                 raise ConnectionLost(f"the stream of job {position.job_id} ended before the job did")
             except PASSING as error:
                 self._turn_from(at)
-                await asyncio.sleep(patience.wait_s(error))
+                await _pause(patience, error)
 
     async def _connection(self, position: LogPosition, patience: Patience) -> AsyncGenerator[JobEvent]:
         """One connection's new events; ends with the connection."""
@@ -241,11 +263,15 @@ class MixtralClient:
         decoder = SseDecoder()
         async with (
             self._answer("GET", f"{_job_path(position.job_id)}/events", headers=headers) as response,
-            contextlib.aclosing(_chunks(response, self._silence_timeout_s)) as chunks,
+            contextlib.aclosing(_chunks(response, self.timeouts.silence_s)) as chunks,
         ):
             async for chunk in chunks:
                 for raw in decoder.feed(chunk):
-                    event = position.take(raw)
+                    try:
+                        event = position.take(raw)
+                    except JobFailed as error:
+                        error.request_id = response.headers.get("x-request-id")
+                        raise
                     if event is None:
                         continue
                     if not isinstance(event, QueuedEvent):  # every connection begins with one: it is no progress
@@ -254,21 +280,14 @@ class MixtralClient:
                 if decoder.retry_ms is not None:
                     patience.first_wait_s = decoder.retry_ms / 1000
 
-    def _leave(self, job_id: str) -> asyncio.Task[None] | None:
-        """Cancel a job that is still ours; None if it is not (any more)."""
-        if job_id not in self._ours:
-            return None
-        self._ours.remove(job_id)
-        return self._keep(self._goodbye(job_id))
-
-    def _keep(self, goodbye: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(goodbye)
-        self._goodbyes.add(task)
-        task.add_done_callback(self._goodbyes.discard)
+    def _keep(self, goodbye: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(goodbye)
+        self._shared.goodbyes.add(task)
+        task.add_done_callback(self._shared.goodbyes.discard)
         return task
 
     async def _goodbye(self, job: str | asyncio.Task[JobAccepted], *, cancels: bool = True) -> None:
-        """The reader is gone, so a failure goes to the log; the job then runs to its end."""
+        """Cancel for a reader that is gone, so a failure goes to the log; the job then runs to its end."""
         try:
             async with asyncio.timeout(GOODBYE_S):
                 job_id = job if isinstance(job, str) else (await job).id
@@ -282,65 +301,79 @@ class MixtralClient:
 
     async def _ask(self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> bytes:
         """Ask until answered, as long as the patience for plain requests lasts."""
-        patience = Patience(self._retry, self._retry.give_up_after_s)
+        patience = Patience(self.retry, self.retry.give_up_after_s)
         while True:
-            at = self._at
+            at = self._shared.at
             try:
                 async with self._answer(method, path, body=body, headers=headers) as response:
-                    return await _body(response, self._answer_timeout_s)
+                    return await _body(response, self.timeouts.answer_s)
             except PASSING as error:
                 self._turn_from(at)
-                await asyncio.sleep(patience.wait_s(error))
+                await _pause(patience, error)
 
     @contextlib.asynccontextmanager
     async def _answer(
         self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One try at one server: the answer with its body unread. Raises the error for everything but a 2xx."""
-        if self._http is None:
-            # Each stream is a connection, and a limit here would hang the 101st: how many there are is the caller's choice.
-            self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
-        url = self._servers[self._at % len(self._servers)] + path
+        url = self._servers[self._shared.at % len(self._servers)] + path
         asked = f"{method} {url}"
         sent = io.BytesIO(body) if body else None  # sent in pieces: a large chat must not hold up the other streams
         headers = {"Authorization": f"Bearer {self._key}", **(headers or {})}
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=self.timeouts.connect_s)
         try:
-            async with asyncio.timeout(self._answer_timeout_s):
-                response = await self._http.request(method, url, data=sent, headers=headers, allow_redirects=False)
+            async with asyncio.timeout(self.timeouts.answer_s):
+                response = await self._http().request(method, url, data=sent, headers=headers, allow_redirects=False, timeout=limits)
+        except aiohttp.ConnectionTimeoutError as error:
+            limit = f"connect_s, {self.timeouts.connect_s:g} s"
+            raise ConnectionLost(f"{asked}: no connection within {limit}; is the server there?", code="connect_timeout") from error
         except TimeoutError as error:
-            raise ConnectionLost(f"{asked} got no answer within {self._answer_timeout_s:g} s") from error
+            raise ConnectionLost(f"{asked} got no answer within answer_s, {self.timeouts.answer_s:g} s", code="answer_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionLost(f"{asked} got no answer: {error or type(error).__name__}; is the server running there?") from error
         async with response:
             if not 200 <= response.status < 300:
-                raise refusal(asked, response.status, response.headers, await _body(response, self._answer_timeout_s))
+                raise refusal(asked, response.status, response.headers, await _body(response, self.timeouts.answer_s))
             yield response
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._shared.http is None:
+            # Each stream is a connection, and a limit here would hang the 101st: how many there are is the caller's choice.
+            self._shared.http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), headers={"User-Agent": f"mixtral-client {aiohttp.http.SERVER_SOFTWARE}"}
+            )
+        return self._shared.http
 
     def _turn_from(self, at: int) -> None:
         """Turn to the next server, unless another request has done so already."""
-        if self._at == at:
-            self._at += 1
+        if self._shared.at == at:
+            self._shared.at += 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Order:
     request: JobRequest
     key: str
-    detach: bool
 
 
 class JobStream(AsyncIterator[JobEvent]):
     """The events of one job to its end: each token once and in order, over as many connections as it takes.
 
-    Ends after `done`; raises JobFailed at an `error` event, ConnectionLost when nobody can be reached for Retry.resume_for_s.
-    job_id is known from the first event on; last_id is where `events` goes on. Use `async with` where leaving early must have
-    cancelled the job by the next line; a stream that is merely dropped cancels it soon, at the latest when the client closes.
+    Ends after `done`; raises JobFailed at an `error` event, ConnectionLost when nobody can be reached for Retry.resume_for_s, TimedOut.
+    job_id is known from the first event on; text is what was read so far, each rewind taken back; last_id is where `events` goes on.
+    Use `async with` where a cancelled task must have cancelled the job, and its connection must be closed, by the next line.
     """
 
-    # The generator must not refer to this object: without a cycle, dropping a stream ends it at once.
-    def __init__(self, client: MixtralClient, position: LogPosition, order: _Order | None) -> None:
+    def __init__(self, client: MixtralClient, position: LogPosition, order: _Order | None, *, detach: bool) -> None:
+        self._client = client
         self._position = position
-        self._events = client._follow(position) if order is None else client._order_and_follow(position, order)
+        self._detach = detach
+        self._first_offset = position.offset
+        self._pieces: list[str] = []  # of tokens after the first offset
+        self._logprobs: list[TokenLogprobs] = []
+        self._done: DoneEvent | None = None
+        self._since: float | None = None
+        self._events = client._follow(position) if order is None else client._order_and_follow(position, order, detach=detach)
 
     @property
     def job_id(self) -> str:
@@ -350,45 +383,103 @@ class JobStream(AsyncIterator[JobEvent]):
     def last_id(self) -> str:
         return self._position.id
 
-    async def __anext__(self) -> JobEvent:
-        return await anext(self._events)
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why the job ended; None before its end."""
+        return None if self._done is None else self._done.finish
+
+    async def answer(self) -> Answer:
+        """Read to the end and give the whole, what this stream has given already included. Raises as the events do, and JobStopped."""
+        async with self:
+            async for _ in self:
+                pass
+        done = self._done
+        assert done is not None, "a stream ends after done, or raises"
+        if done.finish != "stop" and done.finish != "length":
+            raise JobStopped(self.job_id, done.finish, self.text)
+        return Answer(self.job_id, self.text, done.finish, done.usage, done.timings, self._logprobs)
+
+    async def cancel(self) -> None:
+        """Stop the job; what was on its way comes yet, then `done` with finish "cancelled". A finished job stays as it is."""
+        if self.job_id:
+            await self._client.cancel(self.job_id)
 
     async def aclose(self) -> None:
         await self._events.aclose()
+
+    async def __anext__(self) -> JobEvent:
+        now = asyncio.get_running_loop().time()
+        self._since = now if self._since is None else self._since
+        limit, limit_s = self._next_limit()
+        try:
+            async with asyncio.timeout_at(None if limit_s is None else self._since + limit_s) as clock:
+                event = await anext(self._events)
+        except TimeoutError as error:
+            if not clock.expired() or limit is None or limit_s is None:
+                raise
+            await self._abandon()
+            raise TimedOut(limit, limit_s, self.job_id) from error
+        except asyncio.CancelledError:
+            await self._abandon()
+            raise
+        self._note(event)
+        return event
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            await self._abandon()
         await self.aclose()
 
+    def _next_limit(self) -> tuple[Literal["first_token", "total"] | None, float | None]:
+        """The limit that passes first."""
+        limits = self._client.timeouts
+        first_s = None if self._pieces else limits.first_token_s
+        if first_s is not None and (limits.total_s is None or first_s < limits.total_s):
+            return "first_token", first_s
+        return ("total", limits.total_s) if limits.total_s is not None else (None, None)
 
-async def _whole(stream: JobStream) -> Answer:
-    pieces: list[str] = []  # one per token
-    done: DoneEvent | None = None
-    async with stream:
-        async for event in stream:
-            if isinstance(event, TokenEvent):
-                pieces.append(event.text)
-            elif isinstance(event, RewindEvent):
-                del pieces[event.to :]
-            elif isinstance(event, DoneEvent):
-                done = event
-    assert done is not None, "a stream ends after done, or raises"
-    text = "".join(pieces)
-    if done.finish != "stop" and done.finish != "length":
-        raise JobStopped(stream.job_id, done.finish, text)
-    return Answer(stream.job_id, text, done.finish, done.usage, done.timings)
+    def _note(self, event: JobEvent) -> None:
+        if isinstance(event, TokenEvent):
+            self._pieces.append(event.text)
+            if event.logprobs is not None:
+                self._logprobs.append(event.logprobs)
+        elif isinstance(event, RewindEvent):
+            del self._pieces[max(0, event.to - self._first_offset) :]
+            del self._logprobs[max(0, event.to - self._first_offset) :]
+            self._first_offset = min(self._first_offset, event.to)
+        elif isinstance(event, DoneEvent):
+            self._done = event
+
+    async def _abandon(self) -> None:
+        """Nobody wants the outcome any more: cancel the job, unless it is over or not ours to end."""
+        if self._detach or self._done is not None or not self.job_id:
+            return
+        self._detach = True
+        await asyncio.shield(self._client._keep(self._client._goodbye(self.job_id)))
 
 
-async def _chunks(response: aiohttp.ClientResponse, silence_s: float) -> AsyncGenerator[bytes]:
+async def _pause(patience: Patience, error: MixtralError) -> None:
+    """Wait for the next try. Raises the error if there is to be none."""
+    wait_s = patience.wait_s(error)
+    log.info('event=try_again wait_s=%.2f code=%s reason="%s"', wait_s, error.code, error)
+    await asyncio.sleep(wait_s)
+
+
+async def _chunks(response: aiohttp.ClientResponse, silence_s: float | None) -> AsyncGenerator[bytes]:
     """A body's bytes as they come."""
     while True:
         try:
             async with asyncio.timeout(silence_s):
                 chunk = await response.content.readany()
         except TimeoutError as error:
-            raise ConnectionLost(f"{response.url} was silent for {silence_s:g} s") from error
+            raise ConnectionLost(f"{response.url} was silent for {silence_s:g} s", code="silence_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionLost(f"the connection to {response.url} broke: {error or type(error).__name__}") from error
         if not chunk:
@@ -396,7 +487,7 @@ async def _chunks(response: aiohttp.ClientResponse, silence_s: float) -> AsyncGe
         yield chunk
 
 
-async def _body(response: aiohttp.ClientResponse, silence_s: float) -> bytes:
+async def _body(response: aiohttp.ClientResponse, silence_s: float | None) -> bytes:
     body = bytearray()
     async with contextlib.aclosing(_chunks(response, silence_s)) as chunks:
         async for chunk in chunks:

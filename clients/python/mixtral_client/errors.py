@@ -11,12 +11,14 @@
     │       └── Unavailable          502 503 504: try later (.retry_after_s)
     ├── JobFailed                    the job was taken and ended in an error; code and sentence are the worker's (.job_id)
     │   └── JobStopped               the job was cancelled, or expired in the queue (.finish)
+    ├── TimedOut                     the caller's own limit passed: first_token_s or total_s of Timeouts (.limit .job_id)
     ├── ConnectionLost               nobody answered, for as long as the client goes on trying
     └── BadAnswer                    an answer that this wire does not know
         └── EventTooLarge            one event of a stream beyond the limit
 
-LimitReached, Unavailable and ConnectionLost reach a caller only after the client's own tries. The codes of answers are the
-service's; connection_lost, bad_answer and no_api_key are the client's own. Leaves the choice of class by status to `refusal`.
+LimitReached, Unavailable and ConnectionLost reach a caller only after the client's own tries. The codes of answers are the service's;
+connection_lost, connect_timeout, answer_timeout and silence_timeout (of ConnectionLost), first_token_timeout, total_timeout, bad_answer
+and no_api_key are the client's own. Errors may be copied and pickled. Leaves the choice of class by status to `refusal`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -40,6 +43,14 @@ class MixtralError(Exception):
         self.kind = kind
         self.param = param
         self.request_id: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with the message alone, which would fail where errors cross processes.
+        return _bare, (type(self), self.args), self.__dict__
+
+
+def _bare(kind: type[MixtralError], args: tuple[Any, ...]) -> MixtralError:
+    return kind.__new__(kind, *args)
 
 
 class Refused(MixtralError):
@@ -92,9 +103,22 @@ class JobStopped(JobFailed):
         self.text = text
 
 
+class TimedOut(MixtralError):
+    """Without detach the job was cancelled; with it, and for a mere reader, it runs on."""
+
+    def __init__(self, limit: Literal["first_token", "total"], limit_s: float, job_id: str) -> None:
+        missed = "brought no token" if limit == "first_token" else "was not finished"
+        name = f"job {job_id}" if job_id else "the job, which has no id yet,"
+        super().__init__(f"{name} {missed} within {limit}_s, {limit_s:g} s; allow more, or ask for less", code=f"{limit}_timeout")
+        self.limit = limit
+        self.job_id = job_id
+
+
 class ConnectionLost(MixtralError):
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="connection_lost")
+    """Of one try. The code says where a limit of Timeouts passed: connect_timeout, answer_timeout or silence_timeout."""
+
+    def __init__(self, message: str, *, code: str = "connection_lost") -> None:
+        super().__init__(message, code=code)
 
 
 class BadAnswer(MixtralError):

@@ -1,7 +1,7 @@
 """Where a broken stream goes on, and for how long to try. Pure but for the clock and the dice that are handed in.
 
-LogPosition decides what of a job's events is new to the reader and what is a repeat; Patience decides the waits between tries.
-Leaves the network to client.py.
+LogPosition decides what of a job's events is new to the reader and what is a repeat; Patience decides the waits between tries; Retry and
+Timeouts are a caller's wishes about both. Leaves the network to client.py.
 """
 
 from __future__ import annotations
@@ -83,12 +83,29 @@ class LogPosition:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often and how long the client tries again. A wait that the server asks for counts, and is kept if it fits."""
+    """How often and how long the client tries again. A wait that the server asks for (Retry-After) counts, and is kept if it fits."""
 
     give_up_after_s: float = 15.0  # plain requests
     resume_for_s: float = 120.0  # a stream that broke
-    first_wait_s: float = 0.5  # each further wait is twice as long
+    first_wait_s: float = 0.5  # each further wait is twice as long, less up to half of it by chance
     max_wait_s: float = 10.0
+    max_tries: int = 50  # in a row without progress, the first one included; 1 never tries again
+
+    def __post_init__(self) -> None:
+        if self.max_tries < 1:
+            raise ValueError(f"max_tries counts the first try and must be 1 or more; got {self.max_tries}")
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Limits in seconds; None is none. The first three are of one try, which is repeated as Retry says (ConnectionLost in the end); the
+    last two are of a whole answer, its wait in the queue and all tries included (TimedOut)."""
+
+    connect_s: float | None = 5.0
+    answer_s: float | None = 15.0  # until an answer begins; between the pieces of one that is no stream
+    silence_s: float | None = 45.0  # of a stream; the server sends a comment every 12 s
+    first_token_s: float | None = None
+    total_s: float | None = None
 
 
 class Patience:
@@ -103,7 +120,7 @@ class Patience:
         dice: Callable[[], float] = random.random,
     ) -> None:
         self.first_wait_s = retry.first_wait_s
-        self._max_wait_s = retry.max_wait_s
+        self._retry = retry
         self._give_up_after_s = give_up_after_s
         self._clock = clock
         self._dice = dice
@@ -115,14 +132,14 @@ class Patience:
         self._failures = 0
 
     def wait_s(self, error: MixtralError) -> float:
-        """Seconds until the next try. Raises the error itself if it will not pass or time is up. Jittered, so that the many
+        """Seconds until the next try. Raises the error itself if it will not pass, or tries or time are up. Jittered, so that the many
         readers of a server that went away do not all come back in one moment."""
-        if not isinstance(error, PASSING):
+        if not isinstance(error, PASSING) or self._failures + 1 >= self._retry.max_tries:
             raise error
         now = self._clock()
         if self._failures == 0:
             self._since = now
-        doubled = min(self.first_wait_s * 2.0 ** min(self._failures, 30), self._max_wait_s)
+        doubled = min(self.first_wait_s * 2.0 ** min(self._failures, 30), self._retry.max_wait_s)
         asked = (error.retry_after_s or 0.0) if isinstance(error, (LimitReached, Unavailable)) else 0.0
         wait_s = max(doubled * (0.5 + self._dice() / 2), asked)
         if now - self._since + wait_s > self._give_up_after_s:
