@@ -27,7 +27,7 @@ from mixtral_server.errors import (
     ServiceError,
 )
 from mixtral_server.metrics import Metrics
-from mixtral_server.routes.body import too_large
+from mixtral_server.routes.body import IGNORED_FIELDS, shown_fields, too_large
 from mixtral_server.routes.service import ALLOWANCES, IS_PREPARED, JOB_ID, REQUEST_ID, Service
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers["x-request-id"] = request[REQUEST_ID]
     if allowances := request.get(ALLOWANCES):
         response.headers.update(allowances[-1].headers())
+    if ignored := request.get(IGNORED_FIELDS):
+        response.headers["x-ignored-fields"] = shown_fields(ignored)
     for name, value in HEADERS.items():
         response.headers[name] = value
     response.headers.setdefault("Cache-Control", "no-store")

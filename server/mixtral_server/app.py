@@ -213,7 +213,8 @@ def make_data_dir(path: Path) -> None:
 def build_app(service: Service, aime_secret: bytes) -> web.Application:
     """Every route of ROUTES behind its check of who asks."""
     app = web.Application(middlewares=[answering(service)], client_max_size=2**62)  # bodies are read by routes/body.py alone
-    app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), Workers(service.queue, time.monotonic))
+    app[openai.WORKERS] = Workers(service.queue, time.monotonic)
+    app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), app[openai.WORKERS])
     names = "|".join(service.endpoints)
     for route in ROUTES:
         answer = _public(service, route) if isinstance(route, PublicRoute) else _guarded(service, route)

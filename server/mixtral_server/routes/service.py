@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -91,13 +91,13 @@ class Service:
         request: web.Request,
         caller: Caller,
         endpoint: EndpointConfig,
-        spec: JobSpec,
+        specs: JobSpec | Sequence[JobSpec],
         body_hash: str,
         *,
         priority: int | None = None,
         queue_timeout_s: float | None = None,
     ) -> Put:
-        """Queue a job for the caller. A caller that leaves while Redis is being asked leaves no job behind.
+        """Queue a job for the caller, or several: all or none. A caller that leaves while Redis is being asked leaves no job behind.
 
         priority: None takes the best that the caller may have. Raises what JobQueue.put raises, NotAllowed for a better one, Unavailable
         while the server is stopping.
@@ -112,7 +112,7 @@ class Service:
             self.queue.put(
                 endpoint.name,
                 caller.owner,
-                spec,
+                *([specs] if isinstance(specs, JobSpec) else specs),
                 priority=best if priority is None else priority,
                 weight=caller.weight,
                 rates=self.auth.rates(request, caller, endpoint),
@@ -134,7 +134,7 @@ class Service:
         request[JOB_ID] = put.job_id
         request[ALLOWANCES] = put.allowances
         if put.created:
-            self.metrics.jobs_put.labels(endpoint.name).inc()
+            self.metrics.jobs_put.labels(endpoint.name).inc(len(put.job_ids))
         return put
 
     def refuse_while_draining(self) -> None:
@@ -148,7 +148,8 @@ class Service:
             log.info("event=put_failed_unread code=%s", error.code)
         else:
             if not is_keyed:
-                await self._cancel_after_grace(put.job_id)
+                for job_id in put.job_ids:
+                    self.abandon(job_id)
 
     def abandon(self, job_id: str) -> None:
         """The client of an OpenAI call is gone: cancel its job after the grace, at once when the server stops."""
