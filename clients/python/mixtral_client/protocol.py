@@ -69,6 +69,11 @@ class Wire(BaseModel):
 # ---------------------------------------------------------------------------------------------- chats
 
 
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
 def _text_of(content: Any) -> Any:
     """OpenAI's content is a string or a list of parts; text parts are joined, anything else is refused by name."""
     if content is None:
@@ -84,7 +89,7 @@ def _text_of(content: Any) -> Any:
     return "".join(texts)
 
 
-Text: TypeAlias = Annotated[str, BeforeValidator(_text_of)]
+Text: TypeAlias = Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart] | None)]
 
 
 class ChatMessage(Wire):
@@ -129,19 +134,14 @@ def _stop_list(stop: Any) -> Any:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
-Stop: TypeAlias = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    BeforeValidator(_stop_list),
-    Field(max_length=MAX_STOP_STRINGS),
-]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop: TypeAlias = Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings | None)]
 
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-LogitBias: TypeAlias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(lambda bias: {} if bias is None else bias),
-    Field(max_length=MAX_LOGIT_BIASES),
-]
+Biases: TypeAlias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIASES)]
+LogitBias: TypeAlias = Annotated[Biases, BeforeValidator(lambda bias: {} if bias is None else bias, json_schema_input_type=Biases | None)]
 
 
 def _of_bearable_size(schema: dict[str, Any]) -> dict[str, Any]:
@@ -482,6 +482,43 @@ class ModelList(Wire):
     data: list[ModelCard]
 
 
+class Alive(Wire):
+    """Answer of GET /livez."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(Wire):
+    """Answer of GET /readyz."""
+
+    status: Literal["ok"] = "ok"
+    workers: int = Field(description="logged in now, at all endpoints")
+
+
+class TokenLimits(Wire):
+    default: int
+    max: int
+
+
+class TemperatureLimits(Wire):
+    default: float
+    min: float
+    max: float
+
+
+class PageFacts(Wire):
+    """Answer of GET /v1/page: what the chat page offers."""
+
+    public: bool = Field(description="it needs no key")
+    model: str
+    title: str
+    description: str
+    max_tokens: TokenLimits
+    temperature: TemperatureLimits
+    top_p: float
+    top_k: int
+
+
 # ---------------------------------------------------------------------------------------------- native jobs
 
 
@@ -624,6 +661,12 @@ class SessionAnswer(Wire):
     session: str
     lease_s: float = Field(description="without a turn for this long the session lapses and its jobs go back to the queue")
     report_interval_ms: int
+
+
+class Released(Wire):
+    """Answer of DELETE /v1/worker/sessions/{session}."""
+
+    released: int = Field(description="jobs that went back to the queue")
 
 
 CALLER_ERRORS = frozenset(

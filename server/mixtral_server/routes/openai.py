@@ -27,6 +27,7 @@ from aiohttp import web
 from mixtral_client.protocol import (
     ChatChoice,
     ChatCompletion,
+    ChatCompletionChunk,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
@@ -48,10 +49,20 @@ from mixtral_server import sse
 from mixtral_server.auth import Caller
 from mixtral_server.cursor import Followed, Notice, TokenRow, Tokens
 from mixtral_server.endpoints import EndpointConfig
-from mixtral_server.errors import JobCancelled, JobExpired, JobFailed, RedisUnavailable, ServiceError, Unavailable
+from mixtral_server.errors import (
+    ContextLengthExceeded,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    ModelNotFound,
+    RedisUnavailable,
+    ServiceError,
+    Unavailable,
+)
 from mixtral_server.follower import Follower
 from mixtral_server.routes.aime_views import Workers
 from mixtral_server.routes.body import fingerprint, read_model
+from mixtral_server.routes.operation import IDEMPOTENCY_KEY, PUT_ERRORS, Answer, Operation
 from mixtral_server.routes.service import Route, Service
 from mixtral_server.routes.specs import chat_specs, completion_specs
 from mixtral_server.routes.stream import EventStream
@@ -497,9 +508,51 @@ def merged(rows: Sequence[TokenRow]) -> list[TokenRow]:
     return [(offset, crc, "".join(text for _, _, text in rows))]
 
 
+CALL_ERRORS = (*PUT_ERRORS, ContextLengthExceeded, JobCancelled, JobExpired, RedisUnavailable)
+
 ROUTES = (
-    Route("POST", "/v1/chat/completions", "client", chat_completions),
-    Route("POST", "/v1/completions", "client", completions),
-    Route("GET", "/v1/models", "client", list_models),
-    Route("GET", "/v1/models/{model}", "client", one_model),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        "client",
+        chat_completions,
+        Operation(
+            "OpenAI",
+            "OpenAI's chat completion, whole or as a stream",
+            {200: Answer("the answers, or a stream of chunks that ends with [DONE] or an error", ChatCompletion, (ChatCompletionChunk,))},
+            takes=ChatRequest,
+            parameters=(IDEMPOTENCY_KEY,),
+            errors=CALL_ERRORS,
+            is_job_put=True,
+        ),
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        "client",
+        completions,
+        Operation(
+            "OpenAI",
+            "OpenAI's completion of texts or of token ids",
+            {200: Answer("the answers, or a stream of chunks that ends with [DONE] or an error", Completion, (Completion,))},
+            takes=CompletionRequest,
+            parameters=(IDEMPOTENCY_KEY,),
+            errors=CALL_ERRORS,
+            is_job_put=True,
+        ),
+    ),
+    Route(
+        "GET",
+        "/v1/models",
+        "client",
+        list_models,
+        Operation("OpenAI", "the endpoints that the key may use, as OpenAI's models", {200: Answer("the models", ModelList)}),
+    ),
+    Route(
+        "GET",
+        "/v1/models/{model}",
+        "client",
+        one_model,
+        Operation("OpenAI", "one of them", {200: Answer("the model", ModelCard)}, errors=(ModelNotFound,)),
+    ),
 )

@@ -34,6 +34,7 @@ from mixtral_server.queue import JobQueue
 from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
 from mixtral_server.relay import Relay
+from mixtral_server.routes.operation import Operation
 from mixtral_server.settings import Settings
 from mixtral_server.siblings import Siblings
 
@@ -184,12 +185,13 @@ PublicAnswer: TypeAlias = Callable[[Service, web.Request], Awaitable[web.StreamR
 
 @dataclass(frozen=True)
 class Route:
-    """One route for the holder of a key with this scope; a visitor's cookie has scope client."""
+    """One route for the holder of a key with this scope; a visitor's cookie has scope client. operation: its entry in openapi.json."""
 
     method: str
     path: str
     scope: Scope
     answer: Answer
+    operation: Operation | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class PublicRoute:
     method: str
     path: str
     answer: PublicAnswer
+    operation: Operation | None = None
 
 
 async def is_set_within(event: asyncio.Event, timeout_s: float) -> bool:
