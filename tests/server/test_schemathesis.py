@@ -14,7 +14,12 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.app import ROUTES
@@ -35,7 +40,13 @@ def no_server_error(context: Any, response: Any, case: Any) -> None:
     assert response.status_code < 500 or (case.path, response.status_code) == ("/readyz", 503), response.text
 
 
-CHECKS = [no_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CHECKS = [
+    no_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
 
 
 def may_be_wrong(operation: Any) -> bool:

@@ -195,20 +195,22 @@ class ResponseFormat(Wire):
 class SamplingFields(Wire):
     """How the next token is drawn. A field left out, or null, takes the endpoint's default; temperature 0 is greedy."""
 
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the best token")
+    top_p: float | None = Field(None, gt=0, le=1, description="the best tokens that together have this probability")
     top_k: int | None = Field(None, ge=0, le=1000, description="0 keeps every token")
     min_p: float | None = Field(None, ge=0, le=1, description="keeps tokens of at least this share of the best one's probability")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="1 is none; over prompt and answer")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="0 is none; over the answer, as are the next")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = Field(default_factory=dict, description="token id → what is added to its logit")
-    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: Stop = Field(default_factory=list)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED, description="the same seed and request give the same answer")
+    stop: Stop = Field(default_factory=list, description="texts that end the answer, and never appear in it")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MAX_STOP_TOKEN_IDS, description="end the answer; their text is no part of it"
+    )
     min_tokens: int | None = Field(None, ge=0, description="before so many nothing ends the answer")
     ignore_eos: bool | None = Field(None, description="the end-of-sequence token does not end the answer")
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(None, description="the answer is JSON, or JSON of a schema, and nothing else")
 
 
 Truncate: TypeAlias = Literal["oldest_turns"]
@@ -218,7 +220,7 @@ Truncate: TypeAlias = Literal["oldest_turns"]
 class ChatFields(SamplingFields):
     """What only a chat can be asked for."""
 
-    truncate: Truncate | None = None
+    truncate: Truncate | None = Field(None, description="a chat that is too long loses its oldest turns instead of being refused")
     continue_final_message: bool | None = Field(
         None, description="true: the last message is the assistant's and is continued; false: it is not; left out: it is where it is one"
     )
@@ -226,18 +228,18 @@ class ChatFields(SamplingFields):
 
 
 class StreamOptions(Wire):
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(None, description="a last chunk with the usage of all answers")
 
 
 class OpenAIRequest(SamplingFields):
     """What both routes of OpenAI's take."""
 
-    model: str = Field(max_length=100)
-    max_tokens: int | None = Field(None, ge=1)
-    stream: bool | None = None
+    model: str = Field(max_length=100, description="an endpoint's name")
+    max_tokens: int | None = Field(None, ge=1, description="of an answer")
+    stream: bool | None = Field(None, description="a chunk for every token, as server-sent events")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_N, description="so many answers, each with a seed of its own that follows from the seed")
-    user: str | None = Field(None, max_length=256)
+    user: str | None = Field(None, max_length=256, description="the caller's own word for who asks; it changes nothing")
 
 
 class ChatRequest(OpenAIRequest, ChatFields):
@@ -245,8 +247,8 @@ class ChatRequest(OpenAIRequest, ChatFields):
 
     messages: list[RequestMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: bool | None = Field(None, description="the logarithm of each token's probability with it")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
     tools: NoTools = None
     tool_choice: NoToolChoice = None
     functions: NoTools = None
@@ -294,12 +296,12 @@ class CompletionRequest(OpenAIRequest):
 class JobRequest(ChatFields):
     """Body of POST /v1/jobs: a chat (messages) or a text to continue (prompt), queued under an endpoint's name."""
 
-    model: str = Field(max_length=100)
+    model: str = Field(max_length=100, description="an endpoint's name")
     messages: list[RequestMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     prompt: PromptText | PromptIds | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: int | None = Field(None, ge=1, description="of an answer")
+    logprobs: bool | None = Field(None, description="the logarithm of each token's probability with it")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
     priority: int | None = Field(
         None, ge=0, le=9, description="0 is served first; a key may be limited to higher numbers; left out: the best it may have"
     )

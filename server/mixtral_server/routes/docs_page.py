@@ -12,16 +12,12 @@ from typing import Any, TypeAlias
 
 Json: TypeAlias = Mapping[str, Any]
 
-LIMITS = {
-    "minimum": "from {:,}",
-    "exclusiveMinimum": "above {:,}",
-    "maximum": "to {:,}",
-    "minLength": "{:,} characters or more",
-    "maxLength": "{:,} characters at most",
-    "minItems": "{:,} items or more",
-    "maxItems": "{:,} items at most",
-    "maxProperties": "{:,} entries at most",
-}
+RANGES = (
+    ("minimum", "maximum", ""),
+    ("minLength", "maxLength", " characters"),
+    ("minItems", "maxItems", " items"),
+    ("", "maxProperties", " entries"),
+)
 
 
 def page_of(document: Json) -> str:
@@ -86,7 +82,7 @@ def _schema(name: str, schema: Json) -> str:
             kind_of(one),
             _prose(one.get("description", "")),
         )
-        for field, one in schema.get("properties", {}).items()
+        for field, one in sorted(schema.get("properties", {}).items(), key=lambda field: field[0] not in required)
     )
     fields = _table(("field", "type", "meaning"), rows) if schema.get("properties") else f"<p>{kind_of(schema)}</p>"
     about = _prose(schema.get("description", ""))
@@ -106,12 +102,25 @@ def kind_of(schema: Json) -> str:
     for word in ("anyOf", "oneOf", "allOf"):
         if word in schema:
             return " or ".join(dict.fromkeys(kind_of(one) for one in schema[word]))
-    limits = [text.format(schema[name]) for name, text in LIMITS.items() if name in schema]
     kind = escape(str(schema.get("type", "anything")))
     if kind == "array":
         items = schema.get("items") or schema.get("prefixItems") or {}
         kind = f"list of {'(' + ', '.join(map(kind_of, items)) + ')' if isinstance(items, list) else kind_of(items)}"
-    return ", ".join([kind, *limits])
+    limits = ", ".join(_limits(schema))
+    return f"{kind} ({limits})" if limits else kind
+
+
+def _limits(schema: Json) -> Iterator[str]:
+    for least, most, unit in RANGES:
+        low, high = schema.get(least), schema.get(most)
+        if "exclusiveMinimum" in schema and least == "minimum":
+            yield f"above {schema['exclusiveMinimum']:,}" + ("" if high is None else f" to {high:,}")
+        elif low is not None and high is not None:
+            yield f"{low:,} to {high:,}{unit}"
+        elif low is not None:
+            yield f"{low:,}{unit} or more"
+        elif high is not None:
+            yield f"{high:,}{unit} at most"
 
 
 def _table(heads: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:

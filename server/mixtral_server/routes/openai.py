@@ -350,9 +350,10 @@ async def _call(
                 return await _Streaming(service, request, endpoint, call, wants_usage, specs[0].top_logprobs is not None).run()
         finally:
             if "Idempotency-Key" not in request.headers:
+                has_failed = any(one.follower.is_over and one.done is None for one in choices)
                 for one in choices:
                     if not one.follower.is_over:
-                        service.abandon(one.follower.job_id)
+                        service.abandon(one.follower.job_id, at_once=has_failed)
 
 
 async def _whole(service: Service, call: Call) -> web.StreamResponse:

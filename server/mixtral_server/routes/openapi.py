@@ -238,12 +238,12 @@ def _refusals(route: Route | PublicRoute, operation: Operation, schemas: Schemas
         *operation.errors,
         ServiceError,
     ]
-    codes: dict[int, list[str]] = defaultdict(list)
-    for error in errors:
-        if error.code not in codes[error.status]:
-            codes[error.status].append(error.code)
-    said = {status: ", ".join(f"`{code}`" for code in of_status) for status, of_status in codes.items()}
-    said |= {status: "; ".join(filter(None, (said.get(status), what))) for status, what in operation.refusals.items()}
+    of_status: dict[int, list[str]] = defaultdict(list)
+    for error in dict.fromkeys(errors):
+        of_status[error.status].append(f"`{error.code}`: {error.when}")
+    for status, what in operation.refusals.items():
+        of_status[status].append(what)
+    said = {status: ". ".join(found) for status, found in of_status.items()}
     described = {}
     for status in sorted(said):
         body = ErrorBody if status in (404, 500) else operation.error_body  # these two are said before a route's own words

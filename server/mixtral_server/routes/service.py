@@ -152,12 +152,12 @@ class Service:
                 for job_id in put.job_ids:
                     self.abandon(job_id)
 
-    def abandon(self, job_id: str) -> None:
-        """The client of an OpenAI call is gone: cancel its job after the grace, at once when the server stops."""
-        self.group.create_task(self._cancel_after_grace(job_id))
+    def abandon(self, job_id: str, *, at_once: bool = False) -> None:
+        """The client of an OpenAI call is gone, or its call has failed: cancel its job after the grace, at once when the server stops."""
+        self.group.create_task(self._cancel_after(0.0 if at_once else self.settings.client_grace_s, job_id))
 
-    async def _cancel_after_grace(self, job_id: str) -> None:
-        await is_set_within(self.stages.draining, self.settings.client_grace_s)
+    async def _cancel_after(self, grace_s: float, job_id: str) -> None:
+        await is_set_within(self.stages.draining, grace_s)
         while True:
             try:
                 state = await self.queue.cancel(job_id)
@@ -170,7 +170,7 @@ class Service:
             else:
                 if state == "cancelled":
                     self.metrics.jobs_abandoned.inc()
-                    log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, self.settings.client_grace_s)
+                    log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, grace_s)
                 return
 
     def stop_followers(self, *, resumable_only: bool) -> None:

@@ -56,9 +56,10 @@ def classes(kind: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
     return [kind, *(found for child in kind.__subclasses__() for found in classes(child))]
 
 
-def test_every_error_is_listed_with_its_status() -> None:
-    listed = {(int(row[0]), row[1]) for row in rows("Errors") if row[0].isdecimal()}
-    assert listed == {(one.status, one.code) for one in classes(errors.ServiceError) if one is not errors.JobFailed}
+def test_every_error_is_listed_with_its_status_and_when_it_comes() -> None:
+    listed = {(int(row[0]), row[1], row[2]) for row in rows("Errors") if row[0].isdecimal()}
+    known = (one for one in classes(errors.ServiceError) if one is not errors.JobFailed)
+    assert listed == {(one.status, one.code, one.when.replace("`", "")) for one in known}
 
 
 def test_every_code_word_of_a_worker_that_is_the_callers_to_mend_is_listed() -> None:

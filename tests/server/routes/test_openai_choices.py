@@ -168,7 +168,13 @@ async def test_client_that_leaves_gives_up_all_its_answers(server: LiveServer, h
         assert len(worker.seen) == 1
 
 
-async def test_answer_that_fails_fails_the_call_and_the_others_are_given_up(server: LiveServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_that_fails_fails_the_call_and_the_others_are_given_up_at_once(empty_redis: str, tmp_path: Path) -> None:
+    with LiveServer(tmp_path, empty_redis, client_grace_s=600.0) as server:
+        async with server.http() as http:
+            await one_of_three_fails(server, http)
+
+
+async def one_of_three_fails(server: LiveServer, http: aiohttp.ClientSession) -> None:
     async with (
         ScriptedWorker(server.url, server.worker_key, slots=1, pause_after=2) as worker,
         http.post("/v1/chat/completions", json=CHAT | {"n": 3, "stream": True}) as answer,
