@@ -9,7 +9,8 @@ local id, owner, prio = ARGV[1], ARGV[2], ARGV[3]
 local idem = ARGV[11] ~= '' and t .. ':idem:' .. owner .. ':' .. ARGV[11] or ''
 local wanted, estimate = {{id = id, estimate = ARGV[5], max = ARGV[6], spec = ARGV[7]}}, tonumber(ARGV[5])
 local others, before_last = {}, 0 -- ids; tokens of all but the last job
-for i = 22, #ARGV, 4 do
+local FIRST_OTHER = 22
+for i = FIRST_OTHER, #ARGV, 4 do
   others[#others + 1] = ARGV[i]
   wanted[#wanted + 1] = {id = ARGV[i], estimate = ARGV[i + 1], max = ARGV[i + 2], spec = ARGV[i + 3]}
   before_last, estimate = estimate, estimate + ARGV[i + 1]

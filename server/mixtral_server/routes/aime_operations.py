@@ -21,10 +21,11 @@ from mixtral_server.errors import (
     Unavailable,
     WrongContentType,
 )
-from mixtral_server.routes.aime_inputs import Input, inputs_of
+from mixtral_server.routes.aime_inputs import inputs_of
 from mixtral_server.routes.operation import IDEMPOTENCY_KEY, Answer, Operation, Parameter
 
-TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+TYPES = {"integer": "integer", "float": "number", "bool": "boolean"}
+"""AIME's word for a parameter's type → JSON's; it is a text for every other word."""
 
 
 class Loose(BaseModel):
@@ -109,22 +110,24 @@ class AimeEndpoint(Loose):
 
 def inputs_schema(endpoints: Sequence[EndpointConfig]) -> dict[str, Any]:
     """Every parameter that an endpoint has, with the widest limits that one of them allows."""
-    of_name: dict[str, list[Input]] = {}
+    of_name: dict[str, list[dict[str, Any]]] = {}
     for endpoint in endpoints:
         for name, one in inputs_of(endpoint).items():
-            of_name.setdefault(name, []).append(one)
+            of_name.setdefault(name, []).append(one.described())
     return {"type": "object", "properties": {name: _property(found) for name, found in of_name.items()}}
 
 
-def _property(found: Sequence[Input]) -> dict[str, Any]:
-    described: dict[str, Any] = {"type": [*dict.fromkeys(TYPES[one.kind] for one in found), "null"]}
-    if found[0].default is not None:
-        described["default"] = found[0].default
-    if all(one.least is not None for one in found):
-        described["minimum"] = min(one.least for one in found if one.least is not None)
-    if all(one.most is not None for one in found):
-        described["maximum"] = max(one.most for one in found if one.most is not None)
-    return described | ({"description": "JSON in a string"} if found[0].is_json else {})
+def _property(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    words = [*dict.fromkeys(one["type"] for one in found)]
+    schema: dict[str, Any] = {"type": [*dict.fromkeys(TYPES.get(word, "string") for word in words), "null"]}
+    for limit, widest in (("minimum", min), ("maximum", max)):
+        given = [one[limit] for one in found if one.get(limit) is not None]
+        if len(given) == len(found):
+            schema[limit] = widest(given)
+    if "default" in found[0]:
+        schema["default"] = found[0]["default"]
+    own = [word for word in words if word not in TYPES and word != "string"]
+    return schema | ({"description": f"{' or '.join(own)}, as a text"} if own else {})
 
 
 KEY = Parameter("key", "query", "an API key with scope client")

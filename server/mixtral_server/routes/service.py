@@ -113,7 +113,7 @@ class Service:
             self.queue.put(
                 endpoint.name,
                 caller.owner,
-                *([specs] if isinstance(specs, JobSpec) else specs),
+                *(specs if isinstance(specs, Sequence) else [specs]),
                 priority=best if priority is None else priority,
                 weight=caller.weight,
                 rates=self.auth.rates(request, caller, endpoint),
