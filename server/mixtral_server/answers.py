@@ -27,7 +27,7 @@ from mixtral_server.errors import (
     ServiceError,
 )
 from mixtral_server.metrics import Metrics
-from mixtral_server.routes.body import too_large
+from mixtral_server.routes.body import IGNORED_FIELDS, shown_fields, too_large
 from mixtral_server.routes.service import ALLOWANCES, IS_PREPARED, JOB_ID, REQUEST_ID, Service
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def as_service_error(request: web.Request, error: Exception) -> ServiceError:
         return RouteNotFound(f"there is no {request.path[:100]} here; docs/api.md lists every route")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return MethodNotAllowed(f"{request.path[:100]} takes {allowed}; got {request.method[:20]}")
+        return MethodNotAllowed(f"{request.path[:100]} takes {allowed}; got {request.method[:20]}", allowed)
     if isinstance(error, web.HTTPException) and error.status < 500:
         return RequestRefused(f"the request cannot be read: {error.reason}")
     return ServiceError(f"the server failed at this request; its log has the trace under request id {request[REQUEST_ID]}")
@@ -104,6 +104,8 @@ def error_response(error: ServiceError) -> web.Response:
     response = web.json_response(body=error.body().model_dump_json().encode(), status=error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, ceil(error.retry_after_s)))
+    if isinstance(error, MethodNotAllowed):
+        response.headers["Allow"] = error.allowed
     if isinstance(error, NotAuthenticated):
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge | BodyTooSlow):
@@ -128,6 +130,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers["x-request-id"] = request[REQUEST_ID]
     if allowances := request.get(ALLOWANCES):
         response.headers.update(allowances[-1].headers())
+    if ignored := request.get(IGNORED_FIELDS):
+        response.headers["x-ignored-fields"] = shown_fields(ignored)
     for name, value in HEADERS.items():
         response.headers[name] = value
     response.headers.setdefault("Cache-Control", "no-store")

@@ -34,7 +34,7 @@ from mixtral_server.offences import Offences
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import Durability, open_redis
 from mixtral_server.relay import Relay
-from mixtral_server.routes import aime, jobs, openai, pages, status, worker
+from mixtral_server.routes import aime, jobs, openai, openapi, pages, status, worker
 from mixtral_server.routes.aime_tickets import Tickets
 from mixtral_server.routes.aime_views import Texts, Workers
 from mixtral_server.routes.service import PublicRoute, Route, Service, Stages, is_set_within
@@ -51,6 +51,7 @@ ROUTES: tuple[Route | PublicRoute, ...] = (
     *worker.ROUTES,
     *status.ROUTES,
     *pages.ROUTES,
+    *openapi.ROUTES,
     *aime.ROUTES,  # last: a name that another route has stays that route's
 )
 
@@ -213,7 +214,9 @@ def make_data_dir(path: Path) -> None:
 def build_app(service: Service, aime_secret: bytes) -> web.Application:
     """Every route of ROUTES behind its check of who asks."""
     app = web.Application(middlewares=[answering(service)], client_max_size=2**62)  # bodies are read by routes/body.py alone
-    app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), Workers(service.queue, time.monotonic))
+    app[openai.WORKERS] = Workers(service.queue, time.monotonic)
+    app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), app[openai.WORKERS])
+    openapi.describe(app, ROUTES, service.endpoints)
     names = "|".join(service.endpoints)
     for route in ROUTES:
         answer = _public(service, route) if isinstance(route, PublicRoute) else _guarded(service, route)

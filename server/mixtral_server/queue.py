@@ -133,7 +133,7 @@ class JobQueue:
         endpoint: str,
         owner: str,
         spec: JobSpec,
-        *,
+        *others: JobSpec,
         priority: int = 0,
         weight: float = 1.0,
         idempotency_key: str | None = None,
@@ -144,7 +144,8 @@ class JobQueue:
         max_running: int | None = None,
         rates: Sequence[Rate] = (),
     ) -> Put:
-        """Queue a job of owner. weight is the owner's share against other users'. Each of rates must allow it, or none is charged.
+        """Queue a job of owner, or several: all of them or none. weight is the owner's share against other users'. Each of rates must
+        allow them, or none is charged.
 
         priority: 0 (served first) to 9. max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those
         above it wait, and none is refused for it. None: as many as come. The latest put of a key says the number for all its jobs.
@@ -157,7 +158,8 @@ class JobQueue:
             raise ValueError(
                 f"priority is 0 to 9, max_running 1 or more and of a key_id; got {priority}, {max_running} and key_id {key_id!r}"
             )
-        prompt_tokens = estimated_prompt_tokens(spec)
+        specs = (spec, *others)
+        prompt_tokens, max_tokens = sum(map(estimated_prompt_tokens, specs)), sum(one.max_tokens for one in specs)
         held, reply = await self._run(
             "put",
             shard,
@@ -165,9 +167,7 @@ class JobQueue:
             owner,
             priority,
             weight,
-            prompt_tokens + spec.max_tokens,
-            spec.max_tokens,
-            spec.model_dump_json(exclude_defaults=True),
+            *_job_args(spec),
             title[:MAX_TITLE_CHARS],
             _ms(limits.result_ttl_s),
             "" if queue_timeout_s is None else _ms(queue_timeout_s),
@@ -182,19 +182,20 @@ class JobQueue:
             "" if max_running is None else key_id,
             "" if max_running is None else max_running,
             math.ceil(limits.ageing_s * 1e6) or NEVER_US,
+            *(part for one in others for part in (shard.new_id(), *_job_args(one))),
         )
         allowances = tuple(allowance_of(rate, *left) for rate, left in zip(rates, held, strict=True))
         if reply[0] in ("created", "known"):
-            outcome, job_id, state, *place = reply
-            return Put(job_id, state, outcome == "created", place_of(place), allowances)
+            outcome, job_id, state, *place, beside = reply
+            return Put(job_id, state, outcome == "created", place_of(place), allowances, tuple(beside))
         if reply[0] == "limited":
             refusing = allowances[reply[1]]
             raise LimitReached(
-                refusing.refusal(endpoint, prompt_tokens, spec.max_tokens),
-                retry_after_s=refusing.wait_s(prompt_tokens + spec.max_tokens),
+                refusing.refusal(endpoint, prompt_tokens, max_tokens, len(specs)),
+                retry_after_s=refusing.wait_s(prompt_tokens + max_tokens, len(specs)),
                 allowances=allowances,
             )
-        raise _refusal(endpoint, limits, reply, allowances)
+        raise _refusal(endpoint, limits, reply, allowances, len(specs))
 
     async def read(self, job_id: str, after: int = 0) -> Snapshot:
         """Record and log entries that reach beyond offset after, in one step. Raises JobNotFound, RedisUnavailable."""
@@ -370,7 +371,12 @@ def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowances: Sequence[Allowance]) -> Exception:
+def _job_args(spec: JobSpec) -> tuple[int, int, str]:
+    """Estimate, max tokens and request, as put.lua reads them."""
+    return estimated_prompt_tokens(spec) + spec.max_tokens, spec.max_tokens, spec.model_dump_json(exclude_defaults=True)
+
+
+def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowances: Sequence[Allowance], jobs: int) -> Exception:
     why = reply[0]
     if why == "conflict":
         return IdempotencyConflict("this Idempotency-Key came before with another body; send the same body again, or a new key")
@@ -396,7 +402,8 @@ def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowance
         case _:
             most = limits.max_waiting_tokens
             sentence = f"the jobs waiting for {endpoint} come to {tokens:,} tokens as estimated, {most:,} at most{share} {tokens_of_user:,}"
-    return QueueFull(f"{sentence}; try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s, allowances=allowances)
+    fewer = f"; this request asks for {jobs} answers: ask for fewer, or" if jobs > 1 else ";"
+    return QueueFull(f"{sentence}{fewer} try again in {math.ceil(retry_after_s)} s", retry_after_s=retry_after_s, allowances=allowances)
 
 
 def _job_not_found(job_id: str) -> JobNotFound:

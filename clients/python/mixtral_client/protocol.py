@@ -13,6 +13,7 @@ import json
 import zlib
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -20,8 +21,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -44,6 +49,9 @@ MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_BYTES = 65_536
 MAX_SCHEMA_DEPTH = 64
+MAX_N = 8
+MAX_CHOICES = 32
+"""Answers to one request: n, or a completion's prompts times n. Each is a job of its own."""
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant"]
 Finish: TypeAlias = Literal["stop", "length", "cancelled", "error", "expired"]
@@ -61,6 +69,11 @@ class Wire(BaseModel):
 # ---------------------------------------------------------------------------------------------- chats
 
 
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
 def _text_of(content: Any) -> Any:
     """OpenAI's content is a string or a list of parts; text parts are joined, anything else is refused by name."""
     if content is None:
@@ -71,12 +84,12 @@ def _text_of(content: Any) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"content parts must be of type 'text' (this model reads text only); got {kind!r}")
+            raise ValueError(f"content parts must be of type 'text' (this model reads and writes text only); got {kind!r:.60}")
         texts.append(part["text"])
     return "".join(texts)
 
 
-Text: TypeAlias = Annotated[str, BeforeValidator(_text_of)]
+Text: TypeAlias = Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart] | None)]
 
 
 class ChatMessage(Wire):
@@ -84,23 +97,51 @@ class ChatMessage(Wire):
     content: Text
 
 
+@dataclass(frozen=True)
+class Unsupported:
+    """A field of OpenAI's that no worker can honour and that would change the answer: refused, but for values that ask for nothing."""
+
+    remedy: str
+    harmless: tuple[Any, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return BeforeValidator(self._checked).__get_pydantic_core_schema__(source, handler)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.harmless], "description": f"not supported: {self.remedy}"}
+
+    def _checked(self, value: Any) -> None:
+        if value is not None and not any(type(value) is type(one) and value == one for one in self.harmless):
+            raise ValueError(f"is not supported: {self.remedy}")
+
+
+_NO_TOOLS = "the model calls no tools; describe them in a message and ask for JSON by response_format, or leave this out"
+_TEXT_ONLY = "the model reads and writes text only; leave this out"
+NoTools: TypeAlias = Annotated[None, Unsupported(_NO_TOOLS, ([],))]
+NoToolChoice: TypeAlias = Annotated[None, Unsupported(_NO_TOOLS, ("none", "auto"))]
+TextOnly: TypeAlias = Annotated[None, Unsupported(_TEXT_ONLY, (["text"],))]
+
+
+class RequestMessage(ChatMessage):
+    """A message of a request: text, and nothing that stands beside it in OpenAI's."""
+
+    tool_calls: NoTools = None
+    function_call: NoToolChoice = None
+    audio: TextOnly = None
+
+
 def _stop_list(stop: Any) -> Any:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
-Stop: TypeAlias = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    BeforeValidator(_stop_list),
-    Field(max_length=MAX_STOP_STRINGS),
-]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop: TypeAlias = Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings | None)]
 
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-LogitBias: TypeAlias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(lambda bias: {} if bias is None else bias),
-    Field(max_length=MAX_LOGIT_BIASES),
-]
+Biases: TypeAlias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIASES)]
+LogitBias: TypeAlias = Annotated[Biases, BeforeValidator(lambda bias: {} if bias is None else bias, json_schema_input_type=Biases | None)]
 
 
 def _of_bearable_size(schema: dict[str, Any]) -> dict[str, Any]:
@@ -152,72 +193,118 @@ class ResponseFormat(Wire):
 
 
 class SamplingFields(Wire):
-    """How the next token is drawn. A field left out takes the endpoint's default; temperature 0 is greedy."""
+    """How the next token is drawn. A field left out, or null, takes the endpoint's default; temperature 0 is greedy."""
 
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the best token")
+    top_p: float | None = Field(None, gt=0, le=1, description="the best tokens that together have this probability")
     top_k: int | None = Field(None, ge=0, le=1000, description="0 keeps every token")
     min_p: float | None = Field(None, ge=0, le=1, description="keeps tokens of at least this share of the best one's probability")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="1 is none; over prompt and answer")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="0 is none; over the answer, as are the next")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = Field(default_factory=dict, description="token id → what is added to its logit")
-    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: Stop = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
-    min_tokens: int = Field(0, ge=0, description="before so many nothing ends the answer")
-    ignore_eos: bool = Field(False, description="the end-of-sequence token does not end the answer")
-    response_format: ResponseFormat | None = None
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED, description="the same seed and request give the same answer")
+    stop: Stop = Field(default_factory=list, description="texts that end the answer, and never appear in it")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MAX_STOP_TOKEN_IDS, description="end the answer; their text is no part of it"
+    )
+    min_tokens: int | None = Field(None, ge=0, description="before so many nothing ends the answer")
+    ignore_eos: bool | None = Field(None, description="the end-of-sequence token does not end the answer")
+    response_format: ResponseFormat | None = Field(None, description="the answer is JSON, or JSON of a schema, and nothing else")
 
 
 Truncate: TypeAlias = Literal["oldest_turns"]
 """What becomes of a chat that is longer than the model's context: its oldest turns are left out, where it would be refused otherwise."""
 
 
+class ChatFields(SamplingFields):
+    """What only a chat can be asked for."""
+
+    truncate: Truncate | None = Field(None, description="a chat that is too long loses its oldest turns instead of being refused")
+    continue_final_message: bool | None = Field(
+        None, description="true: the last message is the assistant's and is continued; false: it is not; left out: it is where it is one"
+    )
+    add_generation_prompt: bool | None = Field(None, description="whether a new answer begins: the opposite of continue_final_message")
+
+
 class StreamOptions(Wire):
-    include_usage: bool = False
+    include_usage: bool | None = Field(None, description="a last chunk with the usage of all answers")
 
 
-class ChatRequest(SamplingFields):
+class OpenAIRequest(SamplingFields):
+    """What both routes of OpenAI's take."""
+
+    model: str = Field(max_length=100, description="an endpoint's name")
+    max_tokens: int | None = Field(None, ge=1, description="of an answer")
+    stream: bool | None = Field(None, description="a chunk for every token, as server-sent events")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N, description="so many answers, each with a seed of its own that follows from the seed")
+    user: str | None = Field(None, max_length=256, description="the caller's own word for who asks; it changes nothing")
+
+
+class ChatRequest(OpenAIRequest, ChatFields):
     """Body of POST /v1/chat/completions."""
 
-    model: str = Field(max_length=100)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    truncate: Truncate | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=256)
+    messages: list[RequestMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool | None = Field(None, description="the logarithm of each token's probability with it")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
+    tools: NoTools = None
+    tool_choice: NoToolChoice = None
+    functions: NoTools = None
+    function_call: NoToolChoice = None
+    modalities: TextOnly = None
+    audio: TextOnly = None
+    web_search_options: NoTools = None
 
 
-class CompletionRequest(SamplingFields):
-    """Body of POST /v1/completions. prompt is text, or token ids of the worker's tokenizer."""
+PromptText: TypeAlias = Annotated[str, Field(min_length=1)]
+PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
 
-    model: str = Field(max_length=100)
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1)
+
+def _kind_of_prompt(prompt: Any) -> str | None:
+    """By its first item, so that what is wrong with a prompt is said of the form that was meant."""
+    if not isinstance(prompt, list):
+        return "one-text" if isinstance(prompt, str) else None
+    first = prompt[0] if prompt else None
+    return "list-of-texts" if isinstance(first, str) else "list-of-ids" if isinstance(first, list) else "one-ids"
+
+
+Prompts: TypeAlias = Annotated[
+    Annotated[PromptText, Tag("one-text")]
+    | Annotated[PromptIds, Tag("one-ids")]
+    | Annotated[list[PromptText], Field(max_length=MAX_CHOICES), Tag("list-of-texts")]
+    | Annotated[list[PromptIds], Field(max_length=MAX_CHOICES), Tag("list-of-ids")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt_kind",
+        custom_error_message="Input should be a text, a list of token ids, or a list of either",
+    ),
+]
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of POST /v1/completions. prompt is text, or token ids of the worker's tokenizer, or a list of either."""
+
+    prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=256)
+    best_of: int | None = Field(None, ge=1, description="n, or left out: no answer is made that is not sent")
+    echo: Annotated[None, Unsupported("the answer holds no prompt; put the two together yourself", (False,))] = None
+    suffix: Annotated[None, Unsupported("the model writes on from a prompt's end; put the suffix into a chat's message", ("",))] = None
 
 
-class JobRequest(SamplingFields):
+class JobRequest(ChatFields):
     """Body of POST /v1/jobs: a chat (messages) or a text to continue (prompt), queued under an endpoint's name."""
 
-    model: str = Field(max_length=100)
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    truncate: Truncate | None = None
-    priority: int = Field(0, ge=0, le=9, description="0 is served first; a key may be limited to higher numbers")
+    model: str = Field(max_length=100, description="an endpoint's name")
+    messages: list[RequestMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    prompt: PromptText | PromptIds | None = None
+    max_tokens: int | None = Field(None, ge=1, description="of an answer")
+    logprobs: bool | None = Field(None, description="the logarithm of each token's probability with it")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="so many alternatives beside each token's own")
+    priority: int | None = Field(
+        None, ge=0, le=9, description="0 is served first; a key may be limited to higher numbers; left out: the best it may have"
+    )
     queue_timeout_s: float | None = Field(None, gt=0, description="give up if no worker has begun by then")
 
     @model_validator(mode="after")
@@ -375,15 +462,63 @@ class Completion(Wire):
 
 
 class ModelCard(Wire):
+    """An endpoint as OpenAI's clients see it, with what the server knows beyond OpenAI's four fields."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "mixtral-chat"
+    title: str = ""
+    description: str = ""
+    default_max_tokens: int | None = Field(None, description="tokens of an answer where a request names no limit")
+    max_tokens: int | None = Field(None, description="tokens of the longest answer that a request may ask for")
+    workers: int | None = Field(None, description="logged in now; null while the queue is away")
+    served: list[str] = Field(default_factory=list, description="the models that they run, by the names that they give")
+    context_length: int | None = Field(None, description="tokens of prompt and answer that each of them takes; null without one")
+    largest_context_length: int | None = Field(None, description="those that one of them takes")
+    max_model_len: int | None = Field(None, description="vLLM's name of context_length")
 
 
 class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Alive(Wire):
+    """Answer of GET /livez."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(Wire):
+    """Answer of GET /readyz."""
+
+    status: Literal["ok"] = "ok"
+    workers: int = Field(description="logged in now, at all endpoints")
+
+
+class TokenLimits(Wire):
+    default: int
+    max: int
+
+
+class TemperatureLimits(Wire):
+    default: float
+    min: float
+    max: float
+
+
+class PageFacts(Wire):
+    """Answer of GET /v1/page: what the chat page offers."""
+
+    public: bool = Field(description="it needs no key")
+    model: str
+    title: str
+    description: str
+    max_tokens: TokenLimits
+    temperature: TemperatureLimits
+    top_p: float
+    top_k: int
 
 
 # ---------------------------------------------------------------------------------------------- native jobs
@@ -528,6 +663,12 @@ class SessionAnswer(Wire):
     session: str
     lease_s: float = Field(description="without a turn for this long the session lapses and its jobs go back to the queue")
     report_interval_ms: int
+
+
+class Released(Wire):
+    """Answer of DELETE /v1/worker/sessions/{session}."""
+
+    released: int = Field(description="jobs that went back to the queue")
 
 
 CALLER_ERRORS = frozenset(

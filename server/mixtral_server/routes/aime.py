@@ -25,6 +25,7 @@ from mixtral_server.errors import JobNotFound, NotAllowed, NotAuthenticated, Que
 from mixtral_server.keys import shard_of
 from mixtral_server.records import Snapshot
 from mixtral_server.routes.aime_inputs import InputsRefused, from_query, inputs_of, spec_of, values_of
+from mixtral_server.routes.aime_operations import OPERATIONS
 from mixtral_server.routes.aime_tickets import Tickets
 from mixtral_server.routes.aime_views import EP_VERSION, Texts, Workers, details_of, progress_of, result_of
 from mixtral_server.routes.body import fingerprint, read_model
@@ -264,7 +265,7 @@ def _json(body: object, status: int = 200) -> web.Response:
 
 
 ROUTES = tuple(
-    CrossOriginRoute("GET, POST", path, across_origins(answer))
+    CrossOriginRoute("GET, POST", path, across_origins(answer), OPERATIONS.get(path))
     for path, answer in (
         ("/api/validate_key", validate_key),
         ("/api/endpoints", list_endpoints),

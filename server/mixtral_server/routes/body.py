@@ -1,6 +1,7 @@
 """A request's body: its head checked, read under a limit of size and time, and turned into a model of the wire.
 
-Decides what is refused and with which sentence; never a 500 for what a caller sent. Leaves meaning to the routes.
+Decides what is refused and with which sentence, and which fields are ignored; never a 500 for what a caller sent. Leaves meaning to
+the routes.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mixtral_server.errors import BodyTooLarge, BodyTooSlow, RequestRefused, WrongContentType
@@ -20,12 +24,27 @@ from mixtral_server.errors import BodyTooLarge, BodyTooSlow, RequestRefused, Wro
 Body = TypeVar("Body", bound=BaseModel)
 
 
+IGNORED_FIELDS: web.RequestKey[tuple[str, ...]] = web.RequestKey("ignored_fields", tuple)
+"""Fields of the body that nothing is done with: the answer names them in a header."""
+MOST_IGNORED_SHOWN = 20
+MOST_NAME_CHARS = 40
+
+
 async def read_model(request: web.Request, kind: type[Body], *, limit_bytes: int, timeout_s: float) -> Body:
     """The body as kind. Raises WrongContentType, BodyTooLarge, BodyTooSlow, RequestRefused."""
-    return model_of(await read_body(request, limit_bytes=limit_bytes, timeout_s=timeout_s), kind)
+    given = object_of(await read_body(request, limit_bytes=limit_bytes, timeout_s=timeout_s))
+    body = validated(given, kind)
+    if names := tuple(dict.fromkeys(ignored_fields(given, body))):
+        request[IGNORED_FIELDS] = names
+    return body
 
 
 def model_of(raw: bytes, kind: type[Body]) -> Body:
+    """Raises RequestRefused."""
+    return validated(object_of(raw), kind)
+
+
+def object_of(raw: bytes) -> dict[str, Any]:
     """Raises RequestRefused."""
     try:
         parsed = orjson.loads(raw)
@@ -33,10 +52,45 @@ def model_of(raw: bytes, kind: type[Body]) -> Body:
         raise RequestRefused(f"the body must be JSON in UTF-8; {error}") from error
     if not isinstance(parsed, dict):
         raise RequestRefused(f"the body must be a JSON object; got {_kind_of(parsed)}")
+    return parsed
+
+
+def validated(given: Mapping[str, Any], kind: type[Body]) -> Body:
+    """Raises RequestRefused."""
     try:
-        return kind.model_validate(parsed)
+        return kind.model_validate(given)
     except ValidationError as error:
         raise refusal(error) from error
+
+
+def ignored_fields(given: Mapping[str, Any], body: BaseModel, within: str = "") -> Iterator[str]:
+    """Names that the body's model and the models in it have no field for; of a list's items `messages[].name`, and again for each."""
+    if isinstance(body, RootModel):
+        return
+    fields = _fields_of(type(body))
+    for name, value in given.items():
+        if name not in fields:
+            yield within + name
+            continue
+        of_model = getattr(body, fields[name])
+        if isinstance(of_model, BaseModel) and isinstance(value, dict):
+            yield from ignored_fields(value, of_model, f"{within}{name}.")
+        elif isinstance(of_model, list) and of_model and isinstance(of_model[0], BaseModel):
+            for item, of_item in zip(value, of_model, strict=True):
+                yield from ignored_fields(item, of_item, f"{within}{name}[].")
+
+
+@cache
+def _fields_of(kind: type[BaseModel]) -> dict[str, str]:
+    """A field's name in JSON → its name in Python; both, where either is taken."""
+    return {given: name for name, field in kind.model_fields.items() for given in (name, field.alias or name)}
+
+
+def shown_fields(names: Sequence[str]) -> str:
+    """As a header's value: plain ASCII, of bounded length."""
+    shown = [quote(name[:MOST_NAME_CHARS], safe="[]") for name in names[:MOST_IGNORED_SHOWN]]
+    more = len(names) - len(shown)
+    return ", ".join([*shown, f"and {more} more"] if more else shown)
 
 
 def check_head(request: web.Request, limit_bytes: int) -> None:
@@ -110,7 +164,7 @@ def param_of(loc: tuple[int | str, ...]) -> str:
 
 def fingerprint(route: str, body: BaseModel) -> str:
     """What an Idempotency-Key is bound to: the route and the body's meaning; whether it is streamed is no part of it."""
-    meaning = body.model_dump(mode="json", exclude={"stream", "stream_options"})
+    meaning = body.model_dump(mode="json", exclude={"stream", "stream_options"}, exclude_defaults=True)
     return hashlib.sha256(orjson.dumps([route, meaning], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

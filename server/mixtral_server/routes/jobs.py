@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from aiohttp import web
 
-from mixtral_client.protocol import JobAccepted, JobRequest, JobView, parse_event_id
+from mixtral_client.protocol import JobAccepted, JobEvent, JobRequest, JobView, parse_event_id
 from mixtral_server import sse
 from mixtral_server.auth import Caller
 from mixtral_server.cursor import Followed, Tokens
-from mixtral_server.errors import JobNotFound, RequestRefused
+from mixtral_server.errors import JobNotFound, RedisUnavailable, RequestRefused
 from mixtral_server.records import Place, Snapshot
 from mixtral_server.routes.body import fingerprint, read_model
+from mixtral_server.routes.operation import IDEMPOTENCY_KEY, PUT_ERRORS, Answer, Operation, Parameter
 from mixtral_server.routes.service import Route, Service
 from mixtral_server.routes.specs import job_spec
 from mixtral_server.routes.stream import EventStream
@@ -91,11 +92,54 @@ async def cancel_job(service: Service, request: web.Request, caller: Caller) -> 
     return await get_job(service, request, caller)
 
 
+OF_A_JOB = (JobNotFound, RedisUnavailable)
+
 ROUTES = (
-    Route("POST", "/v1/jobs", "client", put_job),
-    Route("GET", "/v1/jobs/{id}", "client", get_job),
-    Route("GET", "/v1/jobs/{id}/events", "client", follow_job),
-    Route("DELETE", "/v1/jobs/{id}", "client", cancel_job),
+    Route(
+        "POST",
+        "/v1/jobs",
+        "client",
+        put_job,
+        Operation(
+            "Jobs",
+            "queue a chat or a text to continue; answers at once",
+            {202: Answer("the job waits", JobAccepted), 200: Answer("the job that the Idempotency-Key named already", JobAccepted)},
+            takes=JobRequest,
+            parameters=(IDEMPOTENCY_KEY,),
+            errors=(*PUT_ERRORS, RedisUnavailable),
+            is_job_put=True,
+        ),
+    ),
+    Route(
+        "GET",
+        "/v1/jobs/{id}",
+        "client",
+        get_job,
+        Operation("Jobs", "the job as it stands: state, place, text so far", {200: Answer("the job", JobView)}, errors=OF_A_JOB),
+    ),
+    Route(
+        "GET",
+        "/v1/jobs/{id}/events",
+        "client",
+        follow_job,
+        Operation(
+            "Jobs",
+            "its events from the start, or after one the reader has",
+            {200: Answer("events, each with its name and, where one resumes after it, its id", events=get_args(JobEvent))},
+            parameters=(
+                Parameter("Last-Event-ID", "header", "the id of the last event that the reader has"),
+                Parameter("after", "query", "the same, for who cannot send the header"),
+            ),
+            errors=(RequestRefused, *OF_A_JOB),
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/v1/jobs/{id}",
+        "client",
+        cancel_job,
+        Operation("Jobs", "cancel it; text that is there stays", {200: Answer("the job afterwards", JobView)}, errors=OF_A_JOB),
+    ),
 )
 
 

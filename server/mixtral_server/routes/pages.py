@@ -9,11 +9,12 @@ import hashlib
 import re
 from pathlib import Path
 
-import orjson
 from aiohttp import web
 
+from mixtral_client.protocol import PageFacts, TemperatureLimits, TokenLimits
 from mixtral_server.auth import COOKIE, COOKIE_LIFE_S
 from mixtral_server.errors import RouteNotFound
+from mixtral_server.routes.operation import Answer, Operation
 from mixtral_server.routes.service import PublicRoute, Service
 from mixtral_server.settings import Settings, shipped
 
@@ -66,24 +67,27 @@ async def client_file(service: Service, request: web.Request) -> web.StreamRespo
 async def about(service: Service, request: web.Request) -> web.StreamResponse:
     """What the page offers: whether it needs a key, the model, and the limits of its settings."""
     endpoint = next(iter(service.endpoints.values()))
-    body = {
-        "public": service.settings.is_page_public,
-        "model": endpoint.name,
-        "title": endpoint.title,
-        "description": endpoint.description,
-        "max_tokens": {"default": endpoint.default_max_tokens, "max": endpoint.max_tokens},
-        "temperature": {"default": endpoint.temperature, "min": 0, "max": 2},
-        "top_p": endpoint.top_p,
-        "top_k": endpoint.top_k,
-    }
-    return web.json_response(body=orjson.dumps(body))
+    facts = PageFacts(
+        public=service.settings.is_page_public,
+        model=endpoint.name,
+        title=endpoint.title,
+        description=endpoint.description,
+        max_tokens=TokenLimits(default=endpoint.default_max_tokens, max=endpoint.max_tokens),
+        temperature=TemperatureLimits(default=endpoint.temperature, min=0, max=2),
+        top_p=endpoint.top_p,
+        top_k=endpoint.top_k,
+    )
+    return web.json_response(body=facts.model_dump_json().encode())
 
+
+A_FILE = Answer("the file", media="*/*")
+NOT_MODIFIED = Answer("the caller has it: its If-None-Match is the file's ETag")
 
 ROUTES = (
-    PublicRoute("GET", "/", page),
-    PublicRoute("GET", "/page/{file}", page_file),
-    PublicRoute("GET", "/client/{file}", client_file),
-    PublicRoute("GET", "/v1/page", about),
+    PublicRoute("GET", "/", page, Operation("Page", "the chat page", {200: Answer("the page", media="text/html"), 304: NOT_MODIFIED})),
+    PublicRoute("GET", "/page/{file}", page_file, Operation("Page", "its files", {200: A_FILE, 304: NOT_MODIFIED})),
+    PublicRoute("GET", "/client/{file}", client_file, Operation("Page", "the JavaScript client", {200: A_FILE, 304: NOT_MODIFIED})),
+    PublicRoute("GET", "/v1/page", about, Operation("Page", "what the page must know", {200: Answer("its facts", PageFacts)})),
 )
 
 

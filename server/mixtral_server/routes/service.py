@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -34,6 +34,7 @@ from mixtral_server.queue import JobQueue
 from mixtral_server.rates import Allowance
 from mixtral_server.records import Put
 from mixtral_server.relay import Relay
+from mixtral_server.routes.operation import Operation
 from mixtral_server.settings import Settings
 from mixtral_server.siblings import Siblings
 
@@ -91,13 +92,13 @@ class Service:
         request: web.Request,
         caller: Caller,
         endpoint: EndpointConfig,
-        spec: JobSpec,
+        specs: JobSpec | Sequence[JobSpec],
         body_hash: str,
         *,
         priority: int | None = None,
         queue_timeout_s: float | None = None,
     ) -> Put:
-        """Queue a job for the caller. A caller that leaves while Redis is being asked leaves no job behind.
+        """Queue a job for the caller, or several: all or none. A caller that leaves while Redis is being asked leaves no job behind.
 
         priority: None takes the best that the caller may have. Raises what JobQueue.put raises, NotAllowed for a better one, Unavailable
         while the server is stopping.
@@ -112,7 +113,7 @@ class Service:
             self.queue.put(
                 endpoint.name,
                 caller.owner,
-                spec,
+                *(specs if isinstance(specs, Sequence) else [specs]),
                 priority=best if priority is None else priority,
                 weight=caller.weight,
                 rates=self.auth.rates(request, caller, endpoint),
@@ -134,7 +135,7 @@ class Service:
         request[JOB_ID] = put.job_id
         request[ALLOWANCES] = put.allowances
         if put.created:
-            self.metrics.jobs_put.labels(endpoint.name).inc()
+            self.metrics.jobs_put.labels(endpoint.name).inc(len(put.job_ids))
         return put
 
     def refuse_while_draining(self) -> None:
@@ -148,14 +149,15 @@ class Service:
             log.info("event=put_failed_unread code=%s", error.code)
         else:
             if not is_keyed:
-                await self._cancel_after_grace(put.job_id)
+                for job_id in put.job_ids:
+                    self.abandon(job_id)
 
-    def abandon(self, job_id: str) -> None:
-        """The client of an OpenAI call is gone: cancel its job after the grace, at once when the server stops."""
-        self.group.create_task(self._cancel_after_grace(job_id))
+    def abandon(self, job_id: str, *, at_once: bool = False) -> None:
+        """The client of an OpenAI call is gone, or its call has failed: cancel its job after the grace, at once when the server stops."""
+        self.group.create_task(self._cancel_after(0.0 if at_once else self.settings.client_grace_s, job_id))
 
-    async def _cancel_after_grace(self, job_id: str) -> None:
-        await is_set_within(self.stages.draining, self.settings.client_grace_s)
+    async def _cancel_after(self, grace_s: float, job_id: str) -> None:
+        await is_set_within(self.stages.draining, grace_s)
         while True:
             try:
                 state = await self.queue.cancel(job_id)
@@ -168,7 +170,7 @@ class Service:
             else:
                 if state == "cancelled":
                     self.metrics.jobs_abandoned.inc()
-                    log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, self.settings.client_grace_s)
+                    log.info("job=%s event=cancelled why=client_gone grace_s=%g", job_id, grace_s)
                 return
 
     def stop_followers(self, *, resumable_only: bool) -> None:
@@ -183,12 +185,13 @@ PublicAnswer: TypeAlias = Callable[[Service, web.Request], Awaitable[web.StreamR
 
 @dataclass(frozen=True)
 class Route:
-    """One route for the holder of a key with this scope; a visitor's cookie has scope client."""
+    """One route for the holder of a key with this scope; a visitor's cookie has scope client. operation: its entry in openapi.json."""
 
     method: str
     path: str
     scope: Scope
     answer: Answer
+    operation: Operation | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class PublicRoute:
     method: str
     path: str
     answer: PublicAnswer
+    operation: Operation | None = None
 
 
 async def is_set_within(event: asyncio.Event, timeout_s: float) -> bool:

@@ -7,9 +7,11 @@ import logging
 
 from aiohttp import web
 
+from mixtral_client.protocol import Alive, Ready
 from mixtral_server.errors import RedisUnavailable, RequestRefused, ServiceError, Unavailable
 from mixtral_server.metrics import CONTENT_TYPE, MOST_WORKERS, QueueNumbers, WorkerNumbers
 from mixtral_server.records import LiveWorker
+from mixtral_server.routes.operation import Answer, Operation, Parameter
 from mixtral_server.routes.service import PublicRoute, Service
 
 log = logging.getLogger(__name__)
@@ -17,7 +19,7 @@ log = logging.getLogger(__name__)
 
 async def livez(service: Service, request: web.Request) -> web.StreamResponse:
     """The process answers."""
-    return web.json_response({"status": "ok"})
+    return web.json_response(body=Alive().model_dump_json().encode())
 
 
 async def readyz(service: Service, request: web.Request) -> web.StreamResponse:
@@ -30,7 +32,7 @@ async def readyz(service: Service, request: web.Request) -> web.StreamResponse:
         raise RequestRefused(f"workers must be a whole number of 0 or more; got {wanted[:40]!r}", param="workers")
     if workers < int(wanted):
         raise Unavailable(f"{workers} workers are logged in and {wanted} were asked for; start one with torchrun worker", retry_after_s=2)
-    return web.json_response({"status": "ok", "workers": workers})
+    return web.json_response(body=Ready(workers=workers).model_dump_json().encode())
 
 
 async def _sessions(service: Service) -> list[list[LiveWorker]]:
@@ -80,7 +82,22 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 ROUTES = (
-    PublicRoute("GET", "/livez", livez),
-    PublicRoute("GET", "/readyz", readyz),
-    PublicRoute("GET", "/metrics", metrics),
+    PublicRoute("GET", "/livez", livez, Operation("Status", "the process answers", {200: Answer("it does", Alive)})),
+    PublicRoute(
+        "GET",
+        "/readyz",
+        readyz,
+        Operation(
+            "Status",
+            "200 while this server takes work, else 503",
+            {200: Answer("it takes work", Ready)},
+            parameters=(
+                Parameter("workers", "query", "so many must be logged in too", {"type": "integer", "minimum": 0, "maximum": 99_999}),
+            ),
+            errors=(RequestRefused, Unavailable, RedisUnavailable),
+        ),
+    ),
+    PublicRoute(
+        "GET", "/metrics", metrics, Operation("Status", "numbers for Prometheus", {200: Answer("the numbers", media="text/plain")})
+    ),
 )

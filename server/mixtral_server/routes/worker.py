@@ -9,11 +9,12 @@ import asyncio
 
 from aiohttp import web
 
-from mixtral_client.protocol import PROTOCOL_VERSION, SessionRequest, TurnAnswer, TurnRequest
+from mixtral_client.protocol import PROTOCOL_VERSION, Released, SessionAnswer, SessionRequest, TurnAnswer, TurnRequest
 from mixtral_server.auth import Caller
-from mixtral_server.errors import RequestRefused, SessionLapsed
+from mixtral_server.errors import ModelNotFound, RedisUnavailable, RequestRefused, SessionLapsed, TooManySessions
 from mixtral_server.keys import shard_of
 from mixtral_server.routes.body import model_of, read_body, read_model
+from mixtral_server.routes.operation import Answer, Operation
 from mixtral_server.routes.service import Route, Service
 
 OLDEST_PROTOCOL = 2  # an older worker would ignore what a job asks for beyond temperature, top_p and top_k
@@ -65,13 +66,48 @@ def has_news(wanted: TurnRequest, answer: TurnAnswer) -> bool:
 async def close_session(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Every job held goes back to its place in the queue. Closing a session twice changes nothing."""
     released = await service.queue.close_session(request.match_info["session"], key_of(caller))
-    return web.json_response({"released": released})
+    return web.json_response(body=Released(released=released).model_dump_json().encode())
 
 
 ROUTES = (
-    Route("POST", "/v1/worker/sessions", "worker", open_session),
-    Route("POST", "/v1/worker/turn", "worker", turn),
-    Route("DELETE", "/v1/worker/sessions/{session}", "worker", close_session),
+    Route(
+        "POST",
+        "/v1/worker/sessions",
+        "worker",
+        open_session,
+        Operation(
+            "Worker",
+            "a worker logs in to one endpoint",
+            {201: Answer("its session", SessionAnswer)},
+            takes=SessionRequest,
+            errors=(ModelNotFound, TooManySessions, RedisUnavailable),
+        ),
+    ),
+    Route(
+        "POST",
+        "/v1/worker/turn",
+        "worker",
+        turn,
+        Operation(
+            "Worker",
+            "report tokens, take jobs",
+            {200: Answer("jobs, drops and the offsets that the log expects", TurnAnswer)},
+            takes=TurnRequest,
+            errors=(SessionLapsed, RedisUnavailable),
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/v1/worker/sessions/{session}",
+        "worker",
+        close_session,
+        Operation(
+            "Worker",
+            "log out; jobs held go back to their place in the queue",
+            {200: Answer("how many", Released)},
+            errors=(RedisUnavailable,),
+        ),
+    ),
 )
 
 

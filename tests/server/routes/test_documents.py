@@ -1,4 +1,4 @@
-"""docs/api.md names every route, event, error and metric, and no others."""
+"""docs/api.md names every route, field, event, error, header and metric, and no others."""
 
 from __future__ import annotations
 
@@ -6,10 +6,27 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from mixtral_client.protocol import DoneEvent, ErrorEvent, JobEvent, MovedEvent, QueuedEvent, RewindEvent, TokenEvent
+from mixtral_client.protocol import (
+    CALLER_ERRORS,
+    ChatRequest,
+    CompletionRequest,
+    DoneEvent,
+    ErrorEvent,
+    JobEvent,
+    JobRequest,
+    ModelCard,
+    MovedEvent,
+    QueuedEvent,
+    RequestMessage,
+    RewindEvent,
+    SamplingFields,
+    StreamOptions,
+    TokenEvent,
+)
 from mixtral_server import errors
 from mixtral_server.app import ROUTES
 from mixtral_server.metrics import Metrics
+from mixtral_server.routes.openapi import HEADERS
 from mixtral_server.routes.service import Route
 
 API = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text()
@@ -39,9 +56,32 @@ def classes(kind: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
     return [kind, *(found for child in kind.__subclasses__() for found in classes(child))]
 
 
-def test_every_error_is_listed_with_its_status() -> None:
-    listed = {(int(row[0]), row[1]) for row in rows("Errors")}
-    assert listed == {(one.status, one.code) for one in classes(errors.ServiceError) if one is not errors.JobFailed}
+def test_every_error_is_listed_with_its_status_and_when_it_comes() -> None:
+    listed = {(int(row[0]), row[1], row[2]) for row in rows("Errors") if row[0].isdecimal()}
+    known = (one for one in classes(errors.ServiceError) if one is not errors.JobFailed)
+    assert listed == {(one.status, one.code, one.when.replace("`", "")) for one in known}
+
+
+def test_every_code_word_of_a_worker_that_is_the_callers_to_mend_is_listed() -> None:
+    listed = [name for row in rows("Errors") for name in row[0].split(", ") if not name.isdecimal()]
+    assert sorted(listed) == sorted(CALLER_ERRORS)
+
+
+def test_every_sampling_field_is_listed() -> None:
+    listed = {name.split()[-1] for row in rows("Sampling") for name in row[0].split(", ")}
+    assert listed == set(SamplingFields.model_fields) | {"logprobs", "top_logprobs", "truncate"}
+
+
+def test_every_field_of_a_request_and_of_a_model_card_is_named() -> None:
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", API))))
+    for model in (ChatRequest, CompletionRequest, RequestMessage, StreamOptions, JobRequest, ModelCard):
+        assert model.model_fields.keys() - named - {"object", "owned_by", "created"} == set()
+
+
+def test_every_header_of_an_answer_is_named() -> None:
+    for name in HEADERS:
+        unit = name.rpartition("-")[2]
+        assert name in API or (name.startswith("X-RateLimit") and f"-{unit}`" in API), name
 
 
 def test_tree_at_the_top_of_errors_is_the_tree() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,6 +16,7 @@ from mixtral_client.protocol import ChatCompletionChunk, Completion, FrameError
 from mixtral_server.endpoints import EndpointConfig
 from support.http import PATIENCE_S, state_of, until
 from support.live_server import LiveServer
+from support.redis import RedisProcess, redis_binary
 from support.scripted_worker import ScriptedWorker, answer_to, text_of
 
 
@@ -89,6 +91,38 @@ async def test_openai_package_lists_models_and_finds_one(client: openai.AsyncOpe
     assert (await client.models.retrieve("mixtral_chat")).owned_by == "mixtral-chat"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt' here; this server has mixtral_chat"):
         await client.models.retrieve("gpt")
+
+
+async def test_model_card_says_what_the_server_and_its_workers_know(server: LiveServer, http: aiohttp.ClientSession) -> None:
+    async def card() -> dict[str, Any]:
+        async with http.get("/v1/models/mixtral_chat") as answer:
+            one: dict[str, Any] = await answer.json()
+        async with http.get("/v1/models") as answer:
+            assert (await answer.json())["data"][0].keys() == one.keys()
+        return one
+
+    alone = await card()
+    assert (alone["title"], alone["default_max_tokens"], alone["max_tokens"]) == ("Mixtral", 512, 32_768)
+    assert (alone["workers"], alone["served"], alone["context_length"], alone["max_model_len"]) == (0, [], None, None)
+    async with (
+        ScriptedWorker(server.url, server.worker_key, max_seq_len=4096),
+        ScriptedWorker(server.url, server.worker_key, max_seq_len=32_768, model="8x7b"),
+        asyncio.timeout(PATIENCE_S),
+    ):
+        while (served := await card())["workers"] != 2:  # noqa: ASYNC110 - the server has no event for it
+            await asyncio.sleep(0.05)  # what is said of workers may be a second old
+    assert (served["served"], served["context_length"], served["largest_context_length"]) == (["8x7b", "none"], 4096, 32_768)
+    assert served["max_model_len"] == 4096
+
+
+async def test_models_are_listed_while_redis_is_away(tmp_path: Path) -> None:
+    with RedisProcess(redis_binary("6.2"), "--appendonly", "no") as redis, LiveServer(tmp_path, redis.url) as server:
+        async with server.http() as http:
+            redis.crash()
+            async with http.get("/v1/models") as answer:
+                assert answer.status == 200
+                card = (await answer.json())["data"][0]
+    assert (card["id"], card["workers"], card["context_length"]) == ("mixtral_chat", None, None)
 
 
 async def test_openai_package_raises_its_own_errors(server: LiveServer, client: openai.AsyncOpenAI) -> None:
@@ -297,7 +331,8 @@ async def test_same_key_with_another_body_is_refused(http: aiohttp.ClientSession
         (chat(seed=10**30), "seed", "must be a whole number within 64 bits; got 1e+30"),
         (chat(stop=[""]), "stop[0]", "must have at least 1 character; got ''"),
         (chat(stop=["x"] * 17), "stop", "must have at most 16 items"),
-        (chat(n=2), "n", "must be 1; got 2"),
+        (chat(n=9), "n", "must be less than or equal to 8; got 9"),
+        (chat(n=0), "n", "must be greater than or equal to 1; got 0"),
         (chat(model=None), "model", "must be a valid string; got None"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
@@ -315,12 +350,17 @@ async def test_wrong_chat_is_refused_with_field_rule_and_what_was_given(
 @pytest.mark.parametrize(
     ("prompt", "param", "words"),
     [
-        (None, "prompt", "prompt must be a valid string or must be a valid list; got None"),
+        (None, "prompt", "prompt must be a text, a list of token ids, or a list of either; got None"),
         ("", "prompt", "must have at least 1 character"),
         ([], "prompt", "must have at least 1 item"),
         ([1, "x"], "prompt[1]", "must be a valid integer"),
         ([1, -1], "prompt[1]", "must be greater than or equal to 0; got -1"),
-        ([2**31], "prompt[0]", "must be a token id of 0 to 2,147,483,647; got 2147483648"),
+        ([2**31], "prompt[0]", "must be less than or equal to 2147483647; got 2147483648"),
+        (["a", ""], "prompt[1]", "must have at least 1 character; got ''"),
+        (["a", 1], "prompt[1]", "must be a valid string; got 1"),
+        ([[1], []], "prompt[1]", "must have at least 1 item"),
+        ([[1, "x"]], "prompt[0][1]", "must be a valid integer"),
+        (["a"] * 33, "prompt", "must have at most 32 items"),
     ],
 )
 async def test_wrong_prompt_is_refused_with_field_rule_and_what_was_given(
