@@ -33,7 +33,10 @@ from mixtral_server.routes.service import ALLOWANCES, IS_PREPARED, JOB_ID, REQUE
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("mixtral_server.access")
 
-FREQUENT = ("/v1/worker/turn", "/livez", "/readyz", "/metrics")
+FREQUENT = (
+    *("/v1/worker/turn", "/worker_job_request", "/worker_job_progress", "/worker_check_server_status"),
+    *("/livez", "/readyz", "/metrics"),
+)
 """Routes that programs ask many times a minute: logged only when something is wrong."""
 
 HEADERS = {

@@ -22,6 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from mixtral_server.accounts import Accounts
+from mixtral_server.aime_queue import AimeQueue
 from mixtral_server.answers import add_headers, answering, expect
 from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, KeyRing
@@ -34,7 +35,7 @@ from mixtral_server.offences import Offences
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.redis_server import Durability, open_redis
 from mixtral_server.relay import Relay
-from mixtral_server.routes import aime, jobs, openai, openapi, pages, status, worker
+from mixtral_server.routes import aime, aime_workers, jobs, openai, openapi, pages, status, worker
 from mixtral_server.routes.aime_tickets import Tickets
 from mixtral_server.routes.aime_views import Texts, Workers
 from mixtral_server.routes.service import PublicRoute, Route, Service, Stages, is_set_within
@@ -52,6 +53,7 @@ ROUTES: tuple[Route | PublicRoute, ...] = (
     *status.ROUTES,
     *pages.ROUTES,
     *openapi.ROUTES,
+    *aime_workers.ROUTES,
     *aime.ROUTES,  # last: a name that another route has stays that route's
 )
 
@@ -117,6 +119,7 @@ async def serve(
             settings=settings,
             endpoints=endpoints,
             queue=queue,
+            aime_queue=AimeQueue(redis, queue),
             relay=relay,
             offences=Offences(redis, endpoints.keys(), settings.worker_offences, metrics),
             auth=Auth(ring, cookie_secret, settings, time.time),
@@ -215,6 +218,7 @@ def build_app(service: Service, aime_secret: bytes) -> web.Application:
     """Every route of ROUTES behind its check of who asks."""
     app = web.Application(middlewares=[answering(service)], client_max_size=2**62)  # bodies are read by routes/body.py alone
     app[openai.WORKERS] = Workers(service.queue, time.monotonic)
+    app[aime_workers.LARGE_BODIES] = asyncio.Semaphore(aime_workers.MOST_LARGE_BODIES)
     app[aime.DESK] = aime.Desk(Tickets(aime_secret), Texts(service.queue), app[openai.WORKERS])
     openapi.describe(app, ROUTES, service.endpoints)
     names = "|".join(service.endpoints)
@@ -230,7 +234,7 @@ def build_app(service: Service, aime_secret: bytes) -> web.Application:
 def methods_of(route: Route | PublicRoute) -> list[str]:
     if isinstance(route, aime.CrossOriginRoute):
         return ["GET", "POST", "OPTIONS"]
-    return [route.method, "HEAD"] if isinstance(route, PublicRoute) else [route.method]
+    return [route.method, "HEAD"] if isinstance(route, PublicRoute) and route.method == "GET" else [route.method]
 
 
 def _public(service: Service, route: PublicRoute) -> Handler:

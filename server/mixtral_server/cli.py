@@ -53,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     try:
         settings = load_settings(_given(flags), os.environ, Path(".env"))
+        if flags.command is None:
+            log_to_stderr(settings.log_level)
         endpoints = _endpoints(settings)
     except (SettingError, EndpointError) as error:
         _end(f"mixtral-server: {error}", 2)
     try:
         if flags.command is None:
-            log_to_stderr(settings.log_level)
             asyncio.run(_serve(settings, endpoints))
         else:
             _maintain(settings, endpoints, flags)

@@ -51,13 +51,14 @@ Followed: TypeAlias = Tokens | Notice
 class Cursor:
     """It keeps the ids that were sent, so that after a Redis that lost a suffix it knows how much of them still holds."""
 
-    __slots__ = ("_crc", "_ids", "_moves", "_resume")
+    __slots__ = ("_anew", "_crc", "_ids", "_moves", "_resume")
 
     def __init__(self, after: int = 0, crc: int | None = None) -> None:
         self._resume: tuple[int, int | None] | None = (after, crc)
         self._ids = array("I")
         self._crc = 0
         self._moves: int | None = None
+        self._anew: int | None = None
 
     @property
     def offset(self) -> int:
@@ -65,12 +66,14 @@ class Cursor:
 
     def start_over(self, snapshot: Snapshot) -> list[Followed]:
         """snapshot: the whole log, read after offset 0. The first look must be this one."""
-        events = self._align(snapshot.ids)
+        is_anew = self._anew is not None and snapshot.anew != self._anew
+        self._anew = snapshot.anew
+        events = self._rewind([]) if is_anew and self._ids else self._align(snapshot.ids)
         return events + (self.catch_up(snapshot) or [])
 
     def catch_up(self, snapshot: Snapshot) -> list[Followed] | None:
         """snapshot: the log after this cursor's offset. None when it does not continue what was sent: then start over."""
-        if snapshot.n < self.offset:
+        if snapshot.n < self.offset or snapshot.anew != self._anew:
             return None
         events: list[Followed] = []
         if snapshot.entries:

@@ -12,10 +12,9 @@ from typing import Any
 
 import orjson
 
-from mixtral_client.protocol import JobSpec
 from mixtral_server.errors import JobNotFound
 from mixtral_server.keys import Shard, shard_of
-from mixtral_server.records import seconds_of
+from mixtral_server.records import JobContent, content_of, seconds_of
 from mixtral_server.redis_nodes import AnyRedis
 from mixtral_server.scripts import LIFE, Scripts
 
@@ -46,7 +45,7 @@ class Remains:
 
     job_id: str
     state: str
-    spec: JobSpec
+    spec: JobContent
     priority: int
     attempts: int
     deaths: int
@@ -77,7 +76,7 @@ class DeadLetters:
         return Remains(
             job_id=job_id,
             state=state,
-            spec=JobSpec.model_validate_json(spec),
+            spec=content_of(spec),
             priority=int(priority),
             attempts=int(attempts),
             deaths=int(deaths),

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mixtral_client.protocol import JobSpec
 from mixtral_server.dead import DeadLetter, DeadLetters, Remains
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import JobNotFound
+from mixtral_server.records import JobContent, Parameters
 from mixtral_server.redis_server import open_redis
 from mixtral_server.settings import Settings
 
@@ -104,8 +106,7 @@ def _print_list(letters: list[DeadLetter], as_json: bool) -> None:
 def _print_remains(job: Remains, flags: argparse.Namespace) -> None:
     shown = shape_of(job)
     if flags.text:
-        asked = [f"{one.role}: {one.content}" for one in job.spec.messages] if job.spec.messages is not None else [str(job.spec.prompt)]
-        shown |= {"request": asked, "answer": job.text}
+        shown |= {"request": words_of(job.spec), "answer": job.text}
     if flags.json:
         print(json.dumps(shown))
         return
@@ -113,9 +114,33 @@ def _print_remains(job: Remains, flags: argparse.Namespace) -> None:
         print(f"{name:<14}  {value if not isinstance(value, list) else ', '.join(map(str, value))}")
 
 
+def words_of(spec: JobContent) -> list[str]:
+    """What it asked."""
+    if isinstance(spec, Parameters):
+        return [f"{name}: {value}" for name, value in spec.parameters.items()]
+    return [f"{one.role}: {one.content}" for one in spec.messages] if spec.messages is not None else [str(spec.prompt)]
+
+
 def shape_of(job: Remains) -> dict[str, Any]:
     """What it asked and how far it came, without a word of it."""
     spec = job.spec
+    shape: dict[str, Any] = {
+        "job": job.job_id,
+        "state": job.state,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(job.created)),
+        "priority": job.priority,
+        "attempts": job.attempts,
+        "deaths": job.deaths,
+    }
+    shape |= _shape_of_parameters(spec) if isinstance(spec, Parameters) else _shape_of_chat(spec)
+    return shape | {"log": f"{len(job.ids):,} tokens, {len(job.text):,} characters", "last ids": list(job.ids[-10:])}
+
+
+def _shape_of_parameters(spec: Parameters) -> dict[str, Any]:
+    return {"request": [f"{name} of {len(str(value)):,} characters" for name, value in spec.parameters.items()]}
+
+
+def _shape_of_chat(spec: JobSpec) -> dict[str, Any]:
     if spec.messages is not None:
         request = [f"{one.role} of {len(one.content):,} characters" for one in spec.messages[:20]]
         request += [f"{len(spec.messages) - 20:,} messages more"] if len(spec.messages) > 20 else []
@@ -123,12 +148,6 @@ def shape_of(job: Remains) -> dict[str, Any]:
         kind = "characters" if isinstance(spec.prompt, str) else "token ids"
         request = [f"prompt of {len(spec.prompt or ''):,} {kind}"]
     return {
-        "job": job.job_id,
-        "state": job.state,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(job.created)),
-        "priority": job.priority,
-        "attempts": job.attempts,
-        "deaths": job.deaths,
         "request": request,
         "max_tokens": spec.max_tokens,
         "stop": len(spec.stop),
@@ -138,8 +157,6 @@ def shape_of(job: Remains) -> dict[str, Any]:
             if isinstance(value, bool | int | float | dict | list)
         ),
         "seed": spec.seed,
-        "log": f"{len(job.ids):,} tokens, {len(job.text):,} characters",
-        "last ids": list(job.ids[-10:]),
     }
 
 

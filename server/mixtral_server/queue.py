@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from mixtral_client.protocol import Drop, Expect, JobSpec, JobState, SessionAnswer, SessionRequest, TurnRequest
+from mixtral_client.protocol import Drop, Expect, JobState, SessionAnswer, SessionRequest, TurnRequest
 from mixtral_server.errors import (
     IdempotencyConflict,
     JobNotFound,
@@ -32,6 +32,7 @@ from mixtral_server.records import (
     TERMINAL_STATES,
     Depth,
     FinishedJob,
+    JobContent,
     LiveWorker,
     Place,
     Put,
@@ -39,7 +40,7 @@ from mixtral_server.records import (
     Snapshot,
     Turned,
     allowance_of,
-    estimated_prompt_tokens,
+    estimate_of,
     eta_errors_of,
     finished_job_of,
     frame_args,
@@ -54,7 +55,7 @@ from mixtral_server.redis_client import RedisClient, redis_answers
 from mixtral_server.redis_nodes import AnyRedis
 from mixtral_server.scripts import LIFE, Scripts
 
-FORMAT = 2
+FORMAT = 3
 """Number of the layout of keys and scripts in Redis. A server refuses a newer one; the same number may run side by side."""
 
 PRIORITIES = range(10)
@@ -132,8 +133,9 @@ class JobQueue:
         self,
         endpoint: str,
         owner: str,
-        spec: JobSpec,
-        *others: JobSpec,
+        spec: JobContent,
+        *others: JobContent,
+        needs_native: bool = False,
         priority: int = 0,
         weight: float = 1.0,
         idempotency_key: str | None = None,
@@ -149,6 +151,7 @@ class JobQueue:
 
         priority: 0 (served first) to 9. max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those
         above it wait, and none is refused for it. None: as many as come. The latest put of a key says the number for all its jobs.
+        needs_native: no AIME worker can do what spec asks for.
 
         Raises ModelNotFound, LimitReached, QueueFull, IdempotencyConflict (same key, other body_hash), Unavailable (outbox full),
         RedisUnavailable.
@@ -159,7 +162,8 @@ class JobQueue:
                 f"priority is 0 to 9, max_running 1 or more and of a key_id; got {priority}, {max_running} and key_id {key_id!r}"
             )
         specs = (spec, *others)
-        prompt_tokens, max_tokens = sum(map(estimated_prompt_tokens, specs)), sum(one.max_tokens for one in specs)
+        prompts, answers = zip(*map(estimate_of, specs), strict=True)
+        prompt_tokens, answer_tokens = sum(prompts), sum(answers)
         held, reply = await self._run(
             "put",
             shard,
@@ -182,6 +186,7 @@ class JobQueue:
             "" if max_running is None else key_id,
             "" if max_running is None else max_running,
             math.ceil(limits.ageing_s * 1e6) or NEVER_US,
+            int(needs_native),
             *(part for one in others for part in (shard.new_id(), *_job_args(one))),
         )
         allowances = tuple(allowance_of(rate, *left) for rate, left in zip(rates, held, strict=True))
@@ -191,8 +196,8 @@ class JobQueue:
         if reply[0] == "limited":
             refusing = allowances[reply[1]]
             raise LimitReached(
-                refusing.refusal(endpoint, prompt_tokens, max_tokens, len(specs)),
-                retry_after_s=refusing.wait_s(prompt_tokens + max_tokens, len(specs)),
+                refusing.refusal(endpoint, prompt_tokens, answer_tokens, len(specs)),
+                retry_after_s=refusing.wait_s(prompt_tokens + answer_tokens, len(specs)),
                 allowances=allowances,
             )
         raise _refusal(endpoint, limits, reply, allowances, len(specs))
@@ -371,9 +376,9 @@ def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _job_args(spec: JobSpec) -> tuple[int, int, str]:
+def _job_args(spec: JobContent) -> tuple[int, int, str]:
     """Estimate, max tokens and request, as put.lua reads them."""
-    return estimated_prompt_tokens(spec) + spec.max_tokens, spec.max_tokens, spec.model_dump_json(exclude_defaults=True)
+    return sum(estimate_of(spec)), spec.max_tokens, spec.model_dump_json(exclude_defaults=True)
 
 
 def _refusal(endpoint: str, limits: QueueLimits, reply: Sequence[Any], allowances: Sequence[Allowance], jobs: int) -> Exception:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from mixtral_client.protocol import (
     CALLER_ERRORS,
@@ -38,6 +38,20 @@ MAX_TELEMETRY_BYTES = 4096
 MAX_FRAME_TEXT_BYTES = 4096
 MAX_TOKEN_TEXT_BYTES = 256
 """A frame's texts hold at most the first plus as many of the second as it has ids; a stop string held back comes all at once."""
+
+
+class Parameters(BaseModel):
+    """What a job asks for at an endpoint that is no chat: its inputs by name.
+
+    max_tokens: most offsets of its log; likely_tokens: what it is taken to cost before that is known.
+    """
+
+    parameters: dict[str, Any]
+    max_tokens: int
+    likely_tokens: int
+
+
+JobContent: TypeAlias = JobSpec | Parameters
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,8 @@ class Snapshot:
     error: ErrorDetail | None = None  # of failed and dead jobs
     usage: Usage | None = None  # once terminal
     timings: Timings | None = None  # once terminal
+    anew: int = 0  # times that its log began anew
+    by_text: bool = False  # an AIME worker has it, or had it last
 
     @property
     def terminal(self) -> bool:
@@ -194,6 +210,7 @@ class LiveWorker:
     lease_left_s: float
     drain: bool
     telemetry: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)  # what an AIME worker said of itself beside that; a native one has none
 
 
 def seconds_of(ms: str) -> float:
@@ -204,8 +221,20 @@ def pairs_of(flat: Sequence[str]) -> Iterator[tuple[str, str]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def estimated_prompt_tokens(spec: JobSpec) -> int:
-    """The server has no tokenizer: four bytes of UTF-8 make a token, and each message costs a few for its frame."""
+def estimate_of(spec: JobContent) -> tuple[int, int]:
+    """Tokens of prompt and answer. The server has no tokenizer: four bytes of UTF-8 make a token, and each message costs a few for its
+    frame."""
+    if isinstance(spec, Parameters):
+        return len(orjson.dumps(spec.parameters)) // 4, spec.likely_tokens
+    return _prompt_tokens(spec), spec.max_tokens
+
+
+def content_of(text: str) -> JobContent:
+    """What was put, from how it is kept."""
+    return Parameters.model_validate_json(text) if text.startswith('{"parameters":') else JobSpec.model_validate_json(text)
+
+
+def _prompt_tokens(spec: JobSpec) -> int:
     if spec.messages is not None:
         return sum(len(message.content.encode()) // 4 + 8 for message in spec.messages)
     prompt = spec.prompt or ""
@@ -233,7 +262,7 @@ def eta_errors_of(flat: Sequence[str]) -> EtaErrors:
 
 
 def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: Sequence[Any]) -> Snapshot:
-    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended, dropped = record
+    state, owner, title, priority, created, attempt, n, finish, error, prompt_tokens, started, first, ended, dropped, anew, text = record
     terminal = state in TERMINAL_STATES
     return Snapshot(
         job_id=job_id,
@@ -250,6 +279,8 @@ def snapshot_of(job_id: str, endpoint: str, record: Sequence[str | None], log: S
         error=ErrorDetail.model_validate_json(error) if error else None,
         usage=_usage(prompt_tokens, n, dropped) if terminal else None,
         timings=_timings(created, started, first, ended) if terminal else None,
+        anew=int(anew or 0),
+        by_text=text is not None,
     )
 
 
@@ -309,6 +340,7 @@ def live_worker_of(endpoint: str, session: str, lease_left_ms: int, running: int
         lease_left_s=lease_left_ms / 1000,
         drain="drain" in facts,
         telemetry=orjson.loads(facts.get("telemetry", "{}")),
+        about=orjson.loads(facts.get("about", "{}")),
     )
 
 

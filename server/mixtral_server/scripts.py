@@ -15,7 +15,7 @@ from mixtral_server.keys import Shard
 from mixtral_server.redis_client import redis_answers
 from mixtral_server.redis_nodes import AnyRedis
 
-LIFE = ("common", "share", "line", "rates", "life")
+LIFE = ("common", "share", "line", "rates", "anew", "life")
 """What a script stands on that moves jobs. Redis runs all of a script at every call: what a script does not need only costs time."""
 
 

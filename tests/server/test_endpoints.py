@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, read_endpoint, read_endpoints
+from mixtral_server.endpoints import BUILT_IN, EndpointConfig, EndpointError, WorkerTerms, read_endpoint, read_endpoints
 from mixtral_server.settings import shipped
 
 
@@ -25,7 +25,9 @@ def test_shipped_endpoint_is_mixtral_chat_with_the_documented_defaults() -> None
 
 def test_shipped_file_says_nothing_else_than_the_defaults_of_the_table() -> None:
     chat = read_endpoints(shipped("server/endpoints", "endpoints"))["mixtral_chat"]
-    assert chat == EndpointConfig(name="mixtral_chat", title=chat.title, description=chat.description)
+    names = {"aliases": ("mixtral-chat",), "worker": WorkerTerms(job_type="mixtral")}  # by which AIME's clients and workers know it
+    own = EndpointConfig(name="mixtral_chat", title=chat.title, description=chat.description, **names)  # type: ignore[arg-type]
+    assert chat == own
 
 
 def test_shipped_file_and_what_is_built_in_are_the_same() -> None:
@@ -61,5 +63,8 @@ def test_folder_without_endpoint_files_is_refused(tmp_path: Path) -> None:
 def test_two_files_with_one_name_are_refused(tmp_path: Path) -> None:
     written(tmp_path, "name = 'a'")
     written(tmp_path, "name = 'a'", "two.toml")
+    with pytest.raises(EndpointError, match=r"two\.toml: the name a is taken"):
+        read_endpoints(tmp_path)
+    written(tmp_path, "name = 'b'\naliases = ['c', 'a']", "two.toml")
     with pytest.raises(EndpointError, match=r"two\.toml: the name a is taken"):
         read_endpoints(tmp_path)

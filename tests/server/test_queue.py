@@ -894,7 +894,8 @@ async def test_every_key_is_in_the_table_and_ends_or_is_bounded(bench: Bench) ->
         return keys
 
     for number in range(8):
-        await bench.put(f"user {number % 3}}}:", priority=number % 2, queue_timeout_s=50, idempotency_key=f"k{number}", rates=[RATE])
+        words = {"queue_timeout_s": 50, "idempotency_key": f"k{number}", "rates": [RATE], "needs_native": number % 2 == 0}
+        await bench.put(f"user {number % 3}}}:", priority=number % 2, **words)
     for _ in range(3):
         await bench.put("bounded", key_id="k", max_running=1)
     batches = await bench.worker(static_batch=64, slots=1000)

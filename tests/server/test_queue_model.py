@@ -127,6 +127,7 @@ class QueueMachine(RuleBasedStateMachine):
                     ENDPOINT,
                     owner,
                     JobSpec(prompt=[1], max_tokens=max_tokens, seed=1),
+                    needs_native=max_tokens % 3 == 0,
                     priority=priority,
                     weight=weight,
                     idempotency_key=key,
@@ -319,6 +320,15 @@ class QueueMachine(RuleBasedStateMachine):
             self.run(self.redis.aclose())
             self.loop.close()
 
+    def members(self, pattern: str) -> set[str]:
+        """Of all sorted sets with such a name."""
+        return {
+            job
+            for key in self.run(self.redis.keys(f"*:{pattern}"))
+            if self.run(self.redis.type(key)) == "zset"
+            for job in self.run(self.redis.zrange(key, 0, -1))
+        }
+
     def check_all(self) -> None:
         for job in self.jobs.values():
             self.check(job)
@@ -331,6 +341,11 @@ class QueueMachine(RuleBasedStateMachine):
         for job in self.jobs.values():
             position = self.run(self.queue.position(job.id))
             assert position in range(1, depth.waiting + 1) if job.state == "waiting" else position is None
+        assert self.members("native*") == {
+            job for job in self.members("wait*") | self.members("suspects") if self.jobs[job].max_tokens % 3 == 0 or self.jobs[job].ids
+        }
+        closed = self.run(self.redis.hget(SHARD.key("closed"), "jobs"))
+        assert int(closed or 0) == len(self.members("native*"))
         for session in list(self.sessions):
             self.run(self.queue.close_session(session.id, "key"))
         for job in self.jobs.values():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.settings import SettingError, Settings, knobs, load_settings, read_env_file
@@ -109,7 +110,8 @@ def test_configuration_page_lists_every_field_of_endpoint_files_with_its_default
     for name, field in EndpointConfig.model_fields.items():
         assert field.description is not None
         assert rows[name][-1].startswith(field.description), name
-        default = "required" if field.is_required() else "empty" if field.default == "" else f"`{field.default}`"
+        is_empty = field.default in ("", (), {}) or isinstance(field.default, BaseModel)
+        default = "required" if field.is_required() else "empty" if is_empty else f"`{field.default}`"
         assert rows[name][0] == default, name
 
 

@@ -339,6 +339,7 @@ class JobSpec(Wire):
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     seed: int
+    has_own_seed: bool = Field(False, description="the caller named the seed; else it was drawn")
     top_logprobs: int | None = Field(None, description="None: no logprobs; 0: those of the tokens drawn alone")
     response_format: ResponseFormat | None = None
     truncate: Truncate | None = None

@@ -49,11 +49,11 @@ local function next_in_line(may_be_suspect)
   return nil
 end
 
--- Lease up to room jobs. Returns their ids. A job past its deadline expires here: it must never start.
-local function claim(session, room, may_be_suspect)
+-- Lease up to room jobs. Returns their ids. A job past its deadline expires here: it must never start. next_job: next_in_line or its like.
+local function claim(session, room, may_be_suspect, next_job)
   local ids, bytes, expired = {}, 0, 0
   while #ids < room and bytes < MAX_REPLY_BYTES and expired < MAX_EXPIRED_HERE do
-    local id, level = next_in_line(may_be_suspect)
+    local id, level = (next_job or next_in_line)(may_be_suspect)
     if not id then break end
     local job = load_job(id)
     local deadline = call('ZSCORE', t .. ':deadlines', id)

@@ -26,6 +26,7 @@ end
 local JOB_FIELDS = {
   'state', 'owner', 'prio', 'weight', 'due', 'estimate', 'deaths', 'n', 'base', 'cost', 'level', 'session', 'key', 'most', 'idem',
   'ttl', 'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt', 'rates', 'charged', 'eta', 'eta_p90', 'retried',
+  'native', 'text',
 }
 local JOB_NUMBERS = {
   'weight', 'due', 'estimate', 'deaths', 'n', 'base', 'cost', 'level', 'ttl', 'prompt_tokens', 'created', 'attempt', 'charged',

@@ -94,7 +94,7 @@ local function finish(job, state, word, detail)
   if job.idem ~= '' then call('PEXPIRE', job.idem, job.ttl) end
   local row = times > 0 and job.id .. '~' .. times or job.id
   call('XADD', t .. ':usage', '*', 'job', row, 'owner', job.owner, 'title', job.title, 'state', state, 'finish', word,
-    'error', detail and cjson.decode(detail).code or '', 'prompt_tokens', math.max(0, job.prompt_tokens - paid_prompt), 'n', job.n - paid,
+    'error', detail and cjson.decode(detail).code or '', 'prompt_tokens', math.max(0, job.prompt_tokens - paid_prompt), 'n', math.max(0, job.n - paid),
     'attempt', job.attempt, 'created', job.created, 'started', job.started or '', 'first', job.first or '', 'ended', now)
   call('HINCRBY', t .. ':totals', state, 1)
   job.state = state
@@ -103,6 +103,7 @@ end
 
 -- A leased job goes back to the place it had.
 local function requeue(job)
+  if job.text then start_anew(job) end
   call('HDEL', held_key(job.session), job.id)
   settle(job)
   call('HSET', job_key(job.id), 'state', 'waiting')

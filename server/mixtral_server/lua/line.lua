@@ -11,6 +11,15 @@ local function count(key, field, by)
   if call('HINCRBY', key, field, by) <= 0 then call('HDEL', key, field) end
 end
 
+-- A job that only native workers can serve, by what it asks for or because one of them began it, stands here beside its line, and ':closed'
+-- counts them all; aime_claim.lua reads both.
+local function natives_of(job)
+  if job.deaths >= SUSPECT_DEATHS then return t .. ':native_suspects' end
+  return t .. ':native:' .. job.owner
+end
+
+local function needs_native(job) return job.native or job.n > 0 end
+
 -- by: 1 or -1.
 local function count_waiting(job, by)
   count(t .. ':waiting', job.prio, by)
@@ -24,6 +33,7 @@ end
 
 local function line_up(job)
   call('ZADD', line_of(job), job.due, job.id)
+  if needs_native(job) then count(t .. ':closed', 'jobs', call('ZADD', natives_of(job), job.due, job.id)) end
   if job.key ~= '' then call('ZADD', lined_key(job.key), job.due, job.id) end
   if job.deaths < SUSPECT_DEATHS and stand(job.owner) ~= 0 then stand_by_first(job.owner) end
   has_work = true
@@ -31,6 +41,7 @@ end
 
 local function step_out(job)
   call('ZREM', line_of(job), job.id)
+  if needs_native(job) then count(t .. ':closed', 'jobs', -call('ZREM', natives_of(job), job.id)) end
   if job.key ~= '' then call('ZREM', lined_key(job.key), job.id) end
   if job.deaths < SUSPECT_DEATHS then stand_by_first(job.owner) end
 end

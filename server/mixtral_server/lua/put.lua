@@ -1,7 +1,8 @@
 -- A job is queued, once, however often this is called with its id; or several, all of them or none.
 -- ARGV: id, owner, priority, weight, estimate, max tokens, request, title, ttl, queue timeout or '', idempotency field or '',
 --       body hash, most waiting, most waiting of one user, most tokens waiting, most of one user, most unsaved rows, rates as JSON or '',
---       key or '', most running of the key, ageing; then of each other job: id, estimate, max tokens, request
+--       key or '', most running of the key, ageing, whether only native workers can serve them; then of each other job: id, estimate,
+--       max tokens, request
 -- → {what the rates' buckets hold: {requests, tokens} of each, then {outcome, id, state, position, median and 90th percentile of the
 --    wait, ids of the others} or {refusal, …}; of 'limited' the number of the rates before the one that refused}
 
@@ -9,7 +10,7 @@ local id, owner, prio = ARGV[1], ARGV[2], ARGV[3]
 local idem = ARGV[11] ~= '' and t .. ':idem:' .. owner .. ':' .. ARGV[11] or ''
 local wanted, estimate = {{id = id, estimate = ARGV[5], max = ARGV[6], spec = ARGV[7]}}, tonumber(ARGV[5])
 local others, before_last = {}, 0 -- ids; tokens of all but the last job
-local FIRST_OTHER = 22
+local FIRST_OTHER = 23
 for i = FIRST_OTHER, #ARGV, 4 do
   others[#others + 1] = ARGV[i]
   wanted[#wanted + 1] = {id = ARGV[i], estimate = ARGV[i + 1], max = ARGV[i + 2], spec = ARGV[i + 3]}
@@ -89,10 +90,11 @@ local function queue(one, idem_of_job)
     'max', one.max, 'spec', one.spec, 'title', ARGV[8], 'ttl', ARGV[9], 'idem', idem_of_job, 'key', ARGV[19], 'most', ARGV[20],
     'created', now, 'due', due, 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0)
   if #rates > 0 then call('HSET', job_key(one.id), 'rates', ARGV[18], 'charged', one.estimate) end
+  if ARGV[22] == '1' then call('HSET', job_key(one.id), 'native', 1) end
   if ARGV[10] ~= '' then call('ZADD', t .. ':deadlines', now + ARGV[10], one.id) end
   local job = {
     id = one.id, state = 'waiting', owner = owner, prio = prio, weight = tonumber(ARGV[4]), due = due,
-    estimate = tonumber(one.estimate), deaths = 0, n = 0, key = ARGV[19],
+    estimate = tonumber(one.estimate), deaths = 0, n = 0, key = ARGV[19], native = ARGV[22] == '1',
   }
   enqueue(job, ARGV[20])
   local said = answer('created', job, others)

@@ -20,23 +20,25 @@ from aiohttp import web
 from pydantic import RootModel
 
 from mixtral_server.auth import Caller
+from mixtral_server.descriptions import InputsRefused, values_of
 from mixtral_server.endpoints import EndpointConfig
-from mixtral_server.errors import JobNotFound, NotAllowed, NotAuthenticated, QueueFull, RequestRefused, ServiceError, Unavailable
+from mixtral_server.errors import JobNotFound, QueueFull, RequestRefused, ServiceError, Unavailable
 from mixtral_server.keys import shard_of
 from mixtral_server.records import Snapshot
-from mixtral_server.routes.aime_inputs import InputsRefused, from_query, inputs_of, spec_of, values_of
+from mixtral_server.routes import aime_keys
+from mixtral_server.routes.aime_inputs import CREDENTIALS, IMPLICIT, WAIT, content_of_values, from_query, inputs_of
 from mixtral_server.routes.aime_operations import OPERATIONS
 from mixtral_server.routes.aime_tickets import Tickets
-from mixtral_server.routes.aime_views import EP_VERSION, Texts, Workers, details_of, progress_of, result_of
+from mixtral_server.routes.aime_views import Texts, Workers, details_of, progress_of, result_of
 from mixtral_server.routes.body import fingerprint, read_model
 from mixtral_server.routes.service import JOB_ID, PublicAnswer, PublicRoute, Service
 
 KEY_NOT_VALID = "Key not valid"
+DEFAULT_EP_VERSION = 2  # of an answer that is of no endpoint
 NOT_REGISTERED = [
     "API Key missing and client session authentication key not registered in API Server",
     "Client session authentication key not registered in API Server",  # Python's client and AIME's page look for exactly this
 ]
-CREDENTIALS = ("key", "client_session_auth_key")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class Refused(Exception):
         super().__init__(error)
         self.status = status
         self.retry_after_s = retry_after_s
-        self.body = {"success": False, "error": error, "ep_version": EP_VERSION, **more}
+        self._error = error
+        self._more = more
+
+    def body(self, ep_version: int) -> dict[str, object]:
+        return {"success": False, "error": self._error, "ep_version": ep_version, **self._more}
 
 
 # ---------------------------------------------------------------------------------------------- jobs
@@ -80,17 +86,17 @@ async def submit(service: Service, request: web.Request) -> web.StreamResponse:
     caller = await _client(service, request, endpoint, given)
     try:
         values = values_of(given, inputs)
-        spec = spec_of(values, endpoint, service.new_seed())
+        content = content_of_values(values, endpoint, service.new_seed())
     except InputsRefused as error:
         raise Refused(400, error.errors) from error
-    meaning = Params({name: value for name, value in values.items() if name not in (*CREDENTIALS, "wait_for_result")})
+    meaning = Params({name: value for name, value in values.items() if name not in IMPLICIT})
     try:
-        put = await service.put(request, caller, endpoint, spec, fingerprint(request.path, meaning))
+        put = await service.put(request, caller, endpoint, content, fingerprint(request.path, meaning))
     except QueueFull as error:
         raise Refused(400, f"Job queue reached max length {endpoint.max_waiting}! {error.message}", error.retry_after_s) from error
     ticket = desk.tickets.of_job(put.job_id)
-    if not values["wait_for_result"]:
-        return _json({"success": True, "job_id": ticket, "ep_version": EP_VERSION})
+    if not values[WAIT]:
+        return _json({"success": True, "job_id": ticket, "ep_version": endpoint.version})
     return await _when_it_ends(service, request, desk, endpoint, put.job_id, ticket)
 
 
@@ -113,7 +119,12 @@ async def _when_it_ends(
     job, text = await desk.texts.look(job_id)
     if job.state == "expired":
         raise await _lapsed(desk, endpoint, job, text, ticket)
-    return _json(result_of(job, text, ticket, await desk.workers.of(endpoint.name)))
+    return _json(await _result(service, desk, endpoint, job, text, ticket))
+
+
+async def _result(service: Service, desk: Desk, endpoint: EndpointConfig, job: Snapshot, text: str, ticket: str) -> dict[str, Any]:
+    _, said = await service.aime_queue.said(job.job_id, endpoint.name) if job.by_text else ({}, {})
+    return result_of(job, endpoint, text, ticket, await desk.workers.of(endpoint.name), said)
 
 
 async def progress(service: Service, request: web.Request) -> web.StreamResponse:
@@ -135,17 +146,18 @@ async def progress(service: Service, request: web.Request) -> web.StreamResponse
         raise unknown from error
     if job.state == "expired":
         raise await _lapsed(desk, endpoint, job, text, ticket)
-    workers = await desk.workers.of(endpoint.name)
-    head = {"success": True, "job_id": ticket, "ep_version": EP_VERSION}
+    head = {"success": True, "job_id": ticket, "ep_version": endpoint.version}
     if job.terminal:
-        return _json({**head, "job_state": "done", "job_result": result_of(job, text, ticket, workers)})
+        return _json({**head, "job_state": "done", "job_result": await _result(service, desk, endpoint, job, text, ticket)})
+    workers = await desk.workers.of(endpoint.name)
+    said, _ = await service.aime_queue.said(job.job_id, endpoint.name) if job.by_text else ({}, {})
     state = "queued" if job.state == "waiting" else "processing"
-    return _json({**head, "job_state": state, "progress": progress_of(job, text, place, len(workers))})
+    return _json({**head, "job_state": state, "progress": progress_of(job, endpoint, text, place, len(workers), said)})
 
 
 async def _lapsed(desk: Desk, endpoint: EndpointConfig, job: Snapshot, text: str, ticket: str) -> Refused:
     """No worker began it within its queue time."""
-    last = progress_of(job, text, None, len(await desk.workers.of(endpoint.name)))
+    last = progress_of(job, endpoint, text, None, len(await desk.workers.of(endpoint.name)))
     return Refused(400, f"Job {ticket} on {endpoint.name} lapsed!", job_state="lapsed", progress=last)
 
 
@@ -155,14 +167,14 @@ async def _lapsed(desk: Desk, endpoint: EndpointConfig, job: Snapshot, text: str
 async def login(service: Service, request: web.Request) -> web.StreamResponse:
     """A session key for an API key, good at any replica for as long as the API key is. The query is read, also of a POST."""
     key = request.query.get("key", "")
-    if await _holder(service, request, key) is None:
+    if await aime_keys.client(service, request, key) is None:
         return _json({"success": False, "error": KEY_NOT_VALID})
     session_key = request.app[DESK].tickets.session_key(key)
-    return _json({"success": True, "ep_version": EP_VERSION, "client_session_auth_key": session_key})
+    return _json({"success": True, "ep_version": _endpoint(service, request).version, "client_session_auth_key": session_key})
 
 
 async def validate_key(service: Service, request: web.Request) -> web.StreamResponse:
-    is_valid = await _holder(service, request, request.query.get("key", "")) is not None
+    is_valid = await aime_keys.client(service, request, request.query.get("key", "")) is not None
     return _json({"success": is_valid, "error": None if is_valid else KEY_NOT_VALID})
 
 
@@ -170,27 +182,17 @@ async def _client(service: Service, request: web.Request, endpoint: EndpointConf
     """Who submits, by API key or by the session key of a login. Raises Refused."""
     key, session_key = (given.get(name) for name in CREDENTIALS)
     if key:
-        caller = await _holder(service, request, key) if isinstance(key, str) else None
+        caller = await aime_keys.client(service, request, key)
         if caller is None:
             raise Refused(401, [KEY_NOT_VALID])
     else:
         key = request.app[DESK].tickets.key_of(session_key) if isinstance(session_key, str) else None
-        caller = await _holder(service, request, key) if key else None
+        caller = await aime_keys.client(service, request, key)
         if caller is None:
             raise Refused(401, NOT_REGISTERED)
     if not caller.may_use(endpoint.name):
         raise Refused(402, [f"Client not authorized for endpoint {endpoint.name}!"])
     return caller
-
-
-async def _holder(service: Service, request: web.Request, key: str) -> Caller | None:
-    """Who this client key belongs to; None for one that is unknown, revoked, or no client's."""
-    if not (key.isascii() and key.isprintable()):
-        return None
-    try:
-        return await service.auth.caller(request.clone(headers={"Authorization": f"Bearer {key}"}), "client")
-    except (NotAuthenticated, NotAllowed):
-        return None
 
 
 # ---------------------------------------------------------------------------------------------- endpoints
@@ -201,7 +203,7 @@ async def list_endpoints(service: Service, request: web.Request) -> web.StreamRe
     key = request.query.get("key")
     if not key:
         return _json({"endpoints": list(service.endpoints)})
-    caller = await _holder(service, request, key)
+    caller = await aime_keys.client(service, request, key)
     if caller is None:
         return _json({"error": KEY_NOT_VALID}, 401)
     return _json({"endpoints": [name for name in service.endpoints if caller.may_use(name)]})
@@ -234,7 +236,8 @@ async def _answered(service: Service, request: web.Request, answer: PublicAnswer
         refused = error
     except ServiceError as error:
         refused = Refused(error.status, [error.message], error.retry_after_s)
-    response = _json(refused.body, refused.status)
+    endpoint = service.endpoints.get(request.match_info.get("endpoint", ""))
+    response = _json(refused.body(endpoint.version if endpoint else DEFAULT_EP_VERSION), refused.status)
     if refused.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, ceil(refused.retry_after_s)))
     return response

@@ -41,21 +41,21 @@ class AimeRefusal(Loose):
 
 
 class AimeProgress(Loose):
-    progress: int = Field(description="tokens so far")
-    progress_data: dict[str, Any] = Field(description="text and num_generated_tokens, once there are any")
+    progress: float = Field(description="tokens so far, or what the worker counts by")
+    progress_data: dict[str, Any] = Field(description="text and num_generated_tokens, or what else the endpoint declares")
     queue_position: int
     estimate: float = Field(description="seconds; -1 without a worker, 0 where nothing is known")
     num_workers_online: int
 
 
 class AimeResult(Loose):
-    """What became of a job: its text, its numbers, and an error where it failed."""
+    """What became of a job: the outputs that its endpoint declares, its times, and an error where it failed."""
 
     success: bool
     job_id: str
     ep_version: int
-    text: str
-    num_generated_tokens: int
+    text: str | None = None
+    num_generated_tokens: int | None = None
     error: str | None = None
 
 

@@ -89,7 +89,7 @@ async def completions(service: Service, request: web.Request, caller: Caller) ->
 
 
 async def list_models(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
-    cards = [await _card(request, endpoint) for endpoint in service.endpoints.values() if caller.may_use(endpoint.name)]
+    cards = [await _card(request, endpoint) for endpoint in service.chats if caller.may_use(endpoint.name)]
     return web.json_response(body=ModelList(data=cards).model_dump_json().encode())
 
 
@@ -114,7 +114,7 @@ async def _card(request: web.Request, endpoint: EndpointConfig) -> ModelCard:
         workers = await request.app[WORKERS].of(endpoint.name)
     except RedisUnavailable:
         return card  # what an endpoint is called is known without Redis
-    lengths = [one.max_seq_len for one in workers]
+    lengths = [one.max_seq_len for one in workers if one.max_seq_len]  # an AIME worker does not say
     least, most = min(lengths, default=None), max(lengths, default=None)
     served = sorted({one.model for one in workers})[:MOST_SERVED]
     told = {"context_length": least, "largest_context_length": most, "max_model_len": least}
@@ -489,7 +489,7 @@ def failure_of(notice: Notice) -> ServiceError | None:
     if isinstance(event, ErrorEvent):
         return JobFailed(event.error)
     if isinstance(event, RewindEvent):
-        return Unavailable(f"the queue lost this answer after token {event.to}, and OpenAI's stream cannot take tokens back; ask again")
+        return Unavailable(f"this answer begins anew after token {event.to}, and OpenAI's stream cannot take tokens back; ask again")
     if isinstance(event, DoneEvent) and event.finish == "cancelled":
         return JobCancelled("the job was cancelled before its answer was whole")
     if isinstance(event, DoneEvent) and event.finish == "expired":

@@ -66,7 +66,7 @@ async def client_file(service: Service, request: web.Request) -> web.StreamRespo
 
 async def about(service: Service, request: web.Request) -> web.StreamResponse:
     """What the page offers: whether it needs a key, the model, and the limits of its settings."""
-    endpoint = next(iter(service.endpoints.values()))
+    endpoint = next(iter(service.chats or service.endpoints.values()))
     facts = PageFacts(
         public=service.settings.is_page_public,
         model=endpoint.name,

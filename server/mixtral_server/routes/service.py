@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from aiohttp import web
 
-from mixtral_client.protocol import JobSpec
+from mixtral_server.aime_queue import AimeQueue
 from mixtral_server.apikeys import Scope
 from mixtral_server.auth import Auth, Caller
 from mixtral_server.endpoints import EndpointConfig
@@ -32,8 +32,9 @@ from mixtral_server.metrics import Metrics
 from mixtral_server.offences import Offences
 from mixtral_server.queue import JobQueue
 from mixtral_server.rates import Allowance
-from mixtral_server.records import Put
+from mixtral_server.records import JobContent, Put
 from mixtral_server.relay import Relay
+from mixtral_server.routes.aime_jobs import needs_native
 from mixtral_server.routes.operation import Operation
 from mixtral_server.settings import Settings
 from mixtral_server.siblings import Siblings
@@ -65,6 +66,7 @@ class Service:
     settings: Settings
     endpoints: Mapping[str, EndpointConfig]
     queue: JobQueue
+    aime_queue: AimeQueue
     relay: Relay
     offences: Offences
     auth: Auth
@@ -77,13 +79,21 @@ class Service:
     requests: set[asyncio.Task[object]] = field(default_factory=set)
     """The handlers at work; the stores they use are closed after the last of them."""
 
+    @property
+    def chats(self) -> list[EndpointConfig]:
+        """The endpoints that every wire serves; the others are AIME's alone."""
+        return [one for one in self.endpoints.values() if one.is_chat]
+
     def endpoint(self, model: str, caller: Caller) -> EndpointConfig:
-        """Raises ModelNotFound for a name that is none, NotAllowed for one that the caller's key is not for."""
-        endpoint = self.endpoints.get(model)
+        """A chat by its name. Raises ModelNotFound for a name that is none, NotAllowed for one that the caller's key is not for."""
+        endpoint = self.endpoints.get(model) or next((one for one in self.chats if model in one.aliases), None)
         if endpoint is None:
-            names = ", ".join(sorted(name for name in self.endpoints if caller.may_use(name)))
+            names = ", ".join(sorted(one.name for one in self.chats if caller.may_use(one.name)))
             raise ModelNotFound(f"there is no model {model[:100]!r} here; this server has {names}", param="model")
-        if not caller.may_use(model):
+        if not endpoint.is_chat:
+            takes = ", ".join(endpoint.inputs)
+            raise ModelNotFound(f"{model} is no chat: it takes {takes}, by AIME's routes (docs/aime.md)", param="model")
+        if not caller.may_use(endpoint.name):
             raise NotAllowed(f"this key is for {', '.join(sorted(caller.endpoints))}; the request named {model}", param="model")
         return endpoint
 
@@ -92,7 +102,7 @@ class Service:
         request: web.Request,
         caller: Caller,
         endpoint: EndpointConfig,
-        specs: JobSpec | Sequence[JobSpec],
+        specs: JobContent | Sequence[JobContent],
         body_hash: str,
         *,
         priority: int | None = None,
@@ -108,12 +118,14 @@ class Service:
         best = caller.limits.priority
         if priority is not None and priority < best:
             raise NotAllowed(f"jobs of this key may have priority {best} to 9; got {priority}", param="priority")
+        jobs = specs if isinstance(specs, Sequence) else [specs]
         running = endpoint.max_running if caller.limits.max_running is None else caller.limits.max_running
         putting = asyncio.create_task(
             self.queue.put(
                 endpoint.name,
                 caller.owner,
-                *(specs if isinstance(specs, Sequence) else [specs]),
+                *jobs,
+                needs_native=any(needs_native(one, endpoint) for one in jobs),
                 priority=best if priority is None else priority,
                 weight=caller.weight,
                 rates=self.auth.rates(request, caller, endpoint),

@@ -145,6 +145,7 @@ def _spec(
         stop_token_ids=wanted.stop_token_ids or [],
         ignore_eos=bool(wanted.ignore_eos),
         seed=new_seed if wanted.seed is None else wanted.seed,
+        has_own_seed=wanted.seed is not None,
         top_logprobs=top_logprobs,
         response_format=wanted.response_format if wanted.response_format and wanted.response_format.type != "text" else None,
         truncate=truncate,

@@ -237,7 +237,7 @@ async def test_job_ids_are_new_and_numbered_behind_a_hash(server: LiveServer) ->
         ({"temperature": -0.1}, "Parameter temperature = -0.1 is too low. Min supported value for temperature on this endpoint is 0!"),
         ({"max_gen_tokens": 40_000}, "Parameter max_gen_tokens = 40000 is too high."),
         ({"chat_context": "{bad"}, "Input parameter chat_context={bad has invalid json format!"),
-        ({"chat_context": "{}"}, "Input parameter chat_context: must be a valid array; got an object"),
+        ({"chat_context": "{}"}, "Input parameter chat_context: must be a valid list; got an object"),
         ({"chat_context": '[{"role": "user"}]'}, "Input parameter chat_context: [0].content is missing"),
         ({"chat_context": json.dumps([*CONTEXT, *CONTEXT]), "prompt_input": ""}, "messages[1] must be of role assistant; got user"),
         ({"chat_context": CONTEXT}, "Invalid argument type chat_context=[{'role': 'user', 'content': '"),
