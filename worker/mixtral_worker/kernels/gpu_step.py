@@ -1,6 +1,6 @@
 """Steps on a card: one CUDA graph of Triton's kernels and cuBLAS for each shape that a step can be padded to.
 
-Decides when that way is taken: on an NVIDIA card from Ampere on, for steps of up to 64 rows of one token and up to 512 tokens of prompts.
+Decides when that way is taken: on an NVIDIA card from Ampere on, for steps of up to 64 rows of one token and the prompts' tokens beside them.
 Every other step runs through the model's own modules, with a kernel for their experts; they compute the same on the same weights, and the
 tests hold the two equal. A graph costs the processor one call instead of some thousand, so the card never waits for it.
 """
@@ -33,8 +33,8 @@ from mixtral_worker.telemetry import LOG, line
 # prompts. W width of the block tables, V vocabulary, L layers.
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-CHUNKS = (64, 128, 256, 512)
-PROMPTS = 8  # M, where there are chunks
+CHUNKS = (64, 128, 256, 512, 768)  # a step's 512 tokens of prompts may be of many, each padded to whole tiles
+PROMPTS = 16  # M, where there are chunks
 LEAST_CAPABILITY = (8, 0)
 MOST_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 2  # so many parts of attention keep a multiprocessor busy
