@@ -132,6 +132,9 @@ class Form(Protocol):
 
     def __init__(self, call_id: str, model: str, created: int, index: int) -> None: ...
 
+    def opening(self) -> bytes:
+        """What comes before the tokens of each of several answers, in their order: the openai package wants to see them so."""
+
     def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes: ...
 
     def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes: ...
@@ -148,10 +151,15 @@ class Form(Protocol):
 class ChatForm:
     def __init__(self, call_id: str, model: str, created: int, index: int) -> None:
         self._index = index
+        self._is_open = False
         self._head = {"id": f"chatcmpl-{call_id}", "object": "chat.completion.chunk", "created": created, "model": model}
 
+    def opening(self) -> bytes:
+        self._is_open = True
+        return sse.chunk(self._chunk({"role": "assistant", "content": ""}, None))
+
     def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
-        if not is_first:
+        if not is_first or self._is_open:
             return sse.token_events(self._pattern, rows)
         first, *others = rows
         opening = sse.token_pattern(self._chunk({"role": "assistant", "content": sse.HOLE}, None))
@@ -160,7 +168,7 @@ class ChatForm:
     def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes:
         out = []
         for (offset, crc, text), one in zip(rows, logprobs, strict=True):
-            delta = {"role": "assistant", "content": text} if offset == 1 else {"content": text}
+            delta = {"role": "assistant", "content": text} if offset == 1 and not self._is_open else {"content": text}
             out.append(sse.chunk(self._chunk(delta, None, chat_logprobs([one])), event_id(offset, crc)))
         return b"".join(out)
 
@@ -169,7 +177,7 @@ class ChatForm:
         return sse.token_pattern(self._chunk({"content": sse.HOLE}, None))
 
     def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]:
-        return self._chunk({} if tokens else {"role": "assistant", "content": ""}, finish)
+        return self._chunk({} if tokens or self._is_open else {"role": "assistant", "content": ""}, finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
@@ -192,6 +200,9 @@ class CompletionForm:
         self._index = index
         self._head = {"id": f"cmpl-{call_id}", "object": "text_completion", "created": created, "model": model}
         self._chars = 0  # of the text so far; counted where logprobs are asked for
+
+    def opening(self) -> bytes:
+        return b""
 
     def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
         return sse.token_events(self._pattern, rows)
@@ -397,6 +408,8 @@ class _Streaming:
             raise failure  # nothing was sent yet: it can be an HTTP status
         async with EventStream(self._service, self._request, "openai") as stream:
             try:
+                if len(self._call.choices) > 1 and (openings := b"".join(one.form.opening() for one in self._call.choices)):
+                    await stream.write(openings)
                 await self._send(stream, first)
                 if not self._endpoint.coalesce_ms and not self._wants_logprobs:
                     for one in self._call.choices:

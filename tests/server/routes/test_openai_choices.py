@@ -14,7 +14,7 @@ import aiohttp
 import openai
 import pytest
 
-from mixtral_client.protocol import ChatCompletionChunk, FrameError
+from mixtral_client.protocol import ChatCompletionChunk, Frame, FrameError
 from mixtral_client.sse import SseDecoder
 from mixtral_server.apikeys import KeyLimits
 from mixtral_server.endpoints import EndpointConfig
@@ -72,9 +72,9 @@ async def test_n_streams_come_in_one_each_token_with_its_index(http: aiohttp.Cli
         of_index[chunk.choices[0].index].append(chunk.choices[0])
     assert sorted(of_index) == [0, 1, 2]
     for choices in of_index.values():
-        assert [one.delta.role for one in choices] == ["assistant"] + [None] * FULL_LENGTH
+        assert [one.delta.role for one in choices] == ["assistant"] + [None] * (FULL_LENGTH + 1)
         assert "".join(one.delta.content or "" for one in choices) == answer_to("hello")
-        assert [one.finish_reason for one in choices] == [None] * FULL_LENGTH + ["stop"]
+        assert [one.finish_reason for one in choices] == [None] * (FULL_LENGTH + 1) + ["stop"]
     usage = chunks[-1].usage
     assert usage is not None
     assert chunks[-1].choices == []
@@ -93,6 +93,26 @@ async def test_first_answer_is_streamed_while_another_still_waits_for_a_slot(ser
         data = await data_of(answer)
     assert [json.loads(one)["choices"][0]["finish_reason"] for one in data[:-1]].count("stop") == 2
     assert data[-1] == "[DONE]"
+
+
+async def test_answers_are_opened_in_order_whichever_has_its_tokens_first(server: LiveServer, http: aiohttp.ClientSession) -> None:
+    async with (
+        SecondFirst(server.url, server.worker_key) as worker,
+        http.post("/v1/chat/completions", json=CHAT | {"n": 2, "seed": 7, "stream": True, "logprobs": True}) as answer,
+    ):
+        head = [json.loads((await answer.content.readuntil(b"\n\n")).split(b"data: ")[1])["choices"][0] for _ in range(3)]
+        worker.go.set()
+        data = await data_of(answer)
+    assert [(one["index"], one["delta"].get("role")) for one in head] == [(0, "assistant"), (1, "assistant"), (1, None)]
+    assert data[-1] == "[DONE]"
+    assert not any("role" in json.loads(one)["choices"][0]["delta"] for one in data[:-1])
+
+
+class SecondFirst(ScriptedWorker):
+    """The answer with the request's own seed waits for `go`."""
+
+    def _frame(self, one: Any) -> Frame | None:
+        return None if one.job.spec.seed == 7 and not self.go.is_set() else super()._frame(one)
 
 
 async def test_logprobs_of_n_answers_stand_with_their_own_answer(http: aiohttp.ClientSession, worker: ScriptedWorker) -> None:
