@@ -1,8 +1,8 @@
 """Steps on a card: one CUDA graph of Triton's kernels and cuBLAS for each shape that a step can be padded to.
 
-Decides when that way is taken: on an NVIDIA card from Ampere on, for steps of up to 64 rows of one token and the prompts' tokens beside them.
-Every other step runs through the model's own modules, with a kernel for their experts; they compute the same on the same weights, and the
-tests hold the two equal. A graph costs the processor one call instead of some thousand, so the card never waits for it.
+Decides when that way is taken: on an NVIDIA card from Ampere on, for steps of up to 64 rows of one token and the prompts' tokens beside
+them. Every other step runs through the model's own modules, with a kernel for their experts; they compute the same on the same weights,
+and the tests hold the two equal. A graph costs the processor one call instead of some thousand, so the card never waits for it.
 """
 
 from __future__ import annotations
