@@ -424,26 +424,28 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, 
 async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live channel stays open, but for a while there is no connection to read the log with."""
     monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
-    monkeypatch.setattr(mixtral_server.redis_client, "CALL_S", 0.2)
-    small = connect(redis_process.url)
-    small.connection_pool.max_connections = 2
-    queue = JobQueue(small, {ENDPOINT: QueueLimits()})
+    redis = connect(redis_process.url)
+    queue = JobQueue(redis, {ENDPOINT: QueueLimits()})
     job_id, worker = await bench.put(), await bench.worker()
     [job] = await worker.take()
     await worker.turn(frame(job, 1, "abc"))
-    async with Relay(small, queue) as relay:
+    others = {client["id"] for client in await bench.redis.client_list()}
+    async with Relay(redis, queue) as relay:
         await subscribed(relay)
         reader = Reader(relay, job_id)
         await reader.until_text("abc")
-        busy = await small.connection_pool.get_connection()
+        clients = await bench.redis.client_list()
+        [line] = [client["id"] for client in clients if client["cmd"] == "evalsha" and client["id"] not in others]
+        await bench.redis.config_set("maxclients", len(clients) - 1)
+        await bench.redis.client_kill_filter(_id=line)
         await bench.queue.cancel(job_id)
         for _ in range(3):
             with pytest.raises(RedisUnavailable):
                 await queue.read(job_id)
-        await small.connection_pool.release(busy)
+        await bench.redis.config_set("maxclients", 10_000)
         await reader.end()
         assert reader.kinds[-1] == "done"
-    await small.aclose()
+    await redis.aclose()
 
 
 # ------------------------------------------------------------------------------------------------ parked turns
