@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SkipValidation
 
 from mixtral_client.protocol import (
     CALLER_ERRORS,
@@ -156,7 +156,7 @@ class Turned(TurnAnswer):
     news for followers."""
 
     again_s: float | None = Field(None, exclude=True)
-    news: list[News] = Field(default_factory=list, exclude=True)
+    news: SkipValidation[list[News]] = Field(default_factory=list, exclude=True)
 
 
 @dataclass(frozen=True)

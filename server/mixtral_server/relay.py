@@ -53,7 +53,7 @@ class Relay:
         self._listeners: list[asyncio.Task[None]] = []
         self._name = secrets.token_hex(8)
         self._own = f'["{self._name}",'
-        self._heard: set[str] = set()  # channels that are subscribed to, as far as we know
+        self._heard: set[str] = set()  # endpoints whose live channel we are subscribed to, as far as we know
 
     async def __aenter__(self) -> Relay:
         homes: dict[RedisClient, list[str]] = {}  # in a Cluster messages are heard where they are made: they pass no other node
@@ -103,7 +103,7 @@ class Relay:
 
     def asker(self, endpoint: str) -> str:
         """For JobQueue.turn(): this process's name, or "" while it hears nothing."""
-        return self._name if Shard(endpoint).live in self._heard else ""
+        return self._name if endpoint in self._heard else ""
 
     def tell(self, news: Iterable[News]) -> None:
         """What this process knows first, of a turn that it has made itself."""
@@ -152,7 +152,7 @@ class Relay:
                         pause_s = 0.0
                         self._hear(message)
             except (redis_errors.RedisError, OSError) as error:
-                self._heard.difference_update(channels)
+                self._heard.difference_update(self._live.get(channel, "") for channel in channels)
                 LOG.warning("live_channel_lost next_try_s=%.1f: %s", pause_s, error)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(MAX_RECONNECT_PAUSE_S, 2 * pause_s + 0.1)
@@ -169,10 +169,10 @@ class Relay:
 
     def _subscribed(self, channel: str) -> None:
         """For the first time or, by a client that reconnects by itself, again: what was said meanwhile is lost."""
-        self._heard.add(channel)
         if channel in self._wake:
             self._has_work(self._wake[channel])
             return
+        self._heard.add(self._live[channel])
         for job_id, of_job in self._followers.items():
             if job_id.startswith(f"{self._live[channel]}."):
                 for follower in of_job:

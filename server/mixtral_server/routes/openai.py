@@ -343,13 +343,14 @@ async def _call(
     wanted: ChatRequest | CompletionRequest,
     form_of: type[Form],
 ) -> web.StreamResponse:
+    body_hash = fingerprint(request.path, wanted) if "Idempotency-Key" in request.headers else ""
     ids = [service.queue.new_id(endpoint.name) for _ in specs]
     created = int(service.now_s())
     with ExitStack() as stack:
         followers = [
             stack.enter_context(service.relay.follow(job_id, is_resumable=False, asks_place=False, is_new=True)) for job_id in ids
         ]
-        put = await service.put(request, caller, endpoint, specs, fingerprint(request.path, wanted), job_ids=ids)
+        put = await service.put(request, caller, endpoint, specs, body_hash, job_ids=ids)
         if list(put.job_ids) != ids:  # an Idempotency-Key named others already
             stack.close()
             followers = [
