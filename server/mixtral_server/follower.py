@@ -86,7 +86,7 @@ class Follower:
             self._wake()
         elif (tokens := self._cursor.add(entry)) is None:
             self.look()
-        elif tokens:
+        elif tokens.ids:
             self._is_waiting = False
             self._told_at = self._clock()
             if not self.sink(tokens):

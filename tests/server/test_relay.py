@@ -491,7 +491,7 @@ async def test_job_that_is_followed_before_it_is_put_needs_no_look(
     monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
     job_id = bench.queue.new_id(ENDPOINT)
     with deaf_relay.follow(job_id, is_new=True, asks_place=False) as follower:
-        assert await bench.put(job_id=job_id) == job_id
+        assert await bench.put(job_ids=[job_id]) == job_id
         worker = await bench.worker()
         [job] = await worker.take()
         await told(deaf_relay, worker, frame(job, 1, "ab", finish="stop"))
@@ -500,6 +500,20 @@ async def test_job_that_is_followed_before_it_is_put_needs_no_look(
         assert (tokens.texts, follower.is_over) == (["a", "b"], True)
         assert not isinstance(done, Tokens)
         assert done.event.event == "done"
+
+
+async def test_reader_that_began_without_a_look_is_told_nothing_twice_when_it_starts_over(bench: Bench, deaf_relay: Relay) -> None:
+    job_id = bench.queue.new_id(ENDPOINT)
+    with deaf_relay.follow(job_id, is_new=True, asks_place=False) as follower:
+        await bench.put(job_ids=[job_id])
+        worker = await bench.worker()
+        [job] = await worker.take()
+        await told(deaf_relay, worker, frame(job, 1, "ab"))
+        first = await follower.batch(HANG_S)
+        follower.look(start_over=True)
+        await told(deaf_relay, worker, frame(job, 3, "c", finish="stop"))
+        rest = await follower.batch(HANG_S)
+    assert [told.event.event for told in one_by_one([*first, *rest])] == ["token", "token", "token", "done"]
 
 
 async def test_turn_is_published_only_where_another_process_listens(bench: Bench) -> None:
