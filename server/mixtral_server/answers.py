@@ -152,8 +152,10 @@ def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -
     method = request.method if request.method in ("GET", "HEAD", "POST", "DELETE") else "other"
     metrics.requests.labels(method, route, str(status)).inc()
     metrics.request_seconds.labels(route).observe(seconds)
-    job = request.get(JOB_ID) or request.match_info.get("id")
     level = logging.DEBUG if route in FREQUENT and status == 200 else logging.INFO
+    if not access_log.isEnabledFor(level):
+        return
+    job = request.get(JOB_ID) or request.match_info.get("id")
     access_log.log(
         level,
         "%smethod=%s path=%s status=%d ms=%.0f request=%s address=%s",

@@ -54,7 +54,7 @@ class Cursor:
     __slots__ = ("_anew", "_crc", "_ids", "_moves", "_resume")
 
     def __init__(self, after: int = 0, crc: int | None = None) -> None:
-        self._resume: tuple[int, int | None] | None = (after, crc)
+        self._resume = None if (after, crc) == (0, None) else (after, crc)  # until the first look at the log
         self._ids = array("I")
         self._crc = 0
         self._moves: int | None = None

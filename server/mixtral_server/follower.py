@@ -18,7 +18,7 @@ from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
 from mixtral_server.cursor import Cursor, Followed, Notice, Tokens
 from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.queue import JobQueue
-from mixtral_server.records import Entry, Snapshot
+from mixtral_server.records import Ending, Entry, Snapshot
 
 LOOK_EVERY_S = 5.0
 """A follower reads the log this often without news: a lost last message must not hang a reader."""
@@ -42,9 +42,10 @@ class Follower:
         *,
         is_resumable: bool,
         asks_place: bool,
+        is_new: bool = False,
     ) -> None:
         """reads: bounds the looks at once in this process; is_resumable: the reader can go on at another server;
-        asks_place: it wants `queued` events."""
+        asks_place: it wants `queued` events; is_new: the job is not yet put, so that all there is of it will be news."""
         self.job_id = job_id
         self.is_resumable = is_resumable
         self.is_stopped = False
@@ -61,12 +62,11 @@ class Follower:
         self._limit: asyncio.Timeout | None = None  # of the batch() under way
         self._told_at = 0.0
         self._refused: Tokens | None = None  # by the sink
-        self._news: list[Entry] = []
+        self._news: list[Entry | Ending] = []
         self._news_tokens = 0
-        self._has_begun = False
-        self._must_look = True
-        self._must_start_over = True
-        self._look_at = 0.0
+        self._has_begun = is_new
+        self._must_look = self._must_start_over = not is_new
+        self._look_at = self._clock() + LOOK_EVERY_S if is_new else 0.0
         self._is_waiting = False
         self._position: int | None = None
         self._ask_at = 0.0
@@ -86,12 +86,18 @@ class Follower:
             self._wake()
         elif (tokens := self._cursor.add(entry)) is None:
             self.look()
-        elif tokens:
+        elif tokens.ids:
             self._is_waiting = False
             self._told_at = self._clock()
             if not self.sink(tokens):
                 self._refused = tokens
                 self._wake()
+
+    def hear_end(self, ending: Ending) -> None:
+        """The job is done."""
+        if not self._must_look:
+            self._news.append(ending)
+            self._wake()
 
     def look(self, *, start_over: bool = False) -> None:
         """There are news in the log. start_over: the channel was away, and with it perhaps a part of the log."""
@@ -125,7 +131,9 @@ class Follower:
             try:
                 async with asyncio.timeout_at(until) as self._limit:
                     while True:
-                        events = self._at_hand() or await self._look_or_wait()
+                        events = self._at_hand()
+                        if not events and self._end is None:
+                            events = await self._look_or_wait()
                         if events or self._end is not None:
                             return self._handed_out(events)
             except TimeoutError:
@@ -147,6 +155,12 @@ class Follower:
             self._refused = None
         news, self._news, self._news_tokens = self._news, [], 0
         for entry in news:
+            if isinstance(entry, Ending):
+                if entry.n == self._cursor.offset:
+                    self._end = Notice(DoneEvent(finish=entry.finish, usage=entry.usage, timings=entry.timings))
+                else:
+                    self.look()
+                break
             tokens = self._cursor.add(entry)
             if tokens is None:
                 self.look()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -88,7 +88,7 @@ class History:
         if not jobs:
             return 0
         async with self._database.writing() as connection:
-            rows = [asdict(job) for job in jobs]
+            rows = [vars(job) for job in jobs]
             query = self._insert(FINISHED_JOBS).on_conflict_do_nothing().returning(FINISHED_JOBS.c.id)
             new = set((await connection.execute(query, rows)).scalars())
             first_of = {job.id: job for job in jobs if job.id in new}

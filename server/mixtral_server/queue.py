@@ -43,8 +43,9 @@ from mixtral_server.records import (
     estimate_of,
     eta_errors_of,
     finished_job_of,
-    frame_args,
     live_worker_of,
+    news_of_turn,
+    packed,
     pairs_of,
     place_of,
     snapshot_of,
@@ -129,6 +130,10 @@ class JobQueue:
 
     # ------------------------------------------------------------------------------------------ clients
 
+    def new_id(self, endpoint: str) -> str:
+        """Of a job that is not yet put. Raises ModelNotFound."""
+        return self._shard(endpoint).new_id()
+
     async def put(
         self,
         endpoint: str,
@@ -145,9 +150,10 @@ class JobQueue:
         key_id: str = "",
         max_running: int | None = None,
         rates: Sequence[Rate] = (),
+        job_ids: Sequence[str] = (),
     ) -> Put:
         """Queue a job of owner, or several: all of them or none. weight is the owner's share against other users'. Each of rates must
-        allow them, or none is charged.
+        allow them, or none is charged. job_ids: a new_id() for each, so that jobs can be followed before they are put.
 
         priority: 0 (served first) to 9. max_running: so many jobs of key_id at most run at a time on this endpoint, 1 or more; those
         above it wait, and none is refused for it. None: as many as come. The latest put of a key says the number for all its jobs.
@@ -164,10 +170,11 @@ class JobQueue:
         specs = (spec, *others)
         prompts, answers = zip(*map(estimate_of, specs), strict=True)
         prompt_tokens, answer_tokens = sum(prompts), sum(answers)
+        first_id, *other_ids = job_ids or [shard.new_id() for _ in specs]
         held, reply = await self._run(
             "put",
             shard,
-            shard.new_id(),
+            first_id,
             owner,
             priority,
             weight,
@@ -187,7 +194,7 @@ class JobQueue:
             "" if max_running is None else max_running,
             math.ceil(limits.ageing_s * 1e6) or NEVER_US,
             int(needs_native),
-            *(part for one in others for part in (shard.new_id(), *_job_args(one))),
+            *(part for job_id, one in zip(other_ids, others, strict=True) for part in (job_id, *_job_args(one))),
         )
         allowances = tuple(allowance_of(rate, *left) for rate, left in zip(rates, held, strict=True))
         if reply[0] in ("created", "known"):
@@ -247,8 +254,11 @@ class JobQueue:
             )
         return SessionAnswer(session=session, lease_s=limits.lease_s, report_interval_ms=limits.report_interval_ms)
 
-    async def turn(self, request: TurnRequest, key_id: str) -> Turned:
+    async def turn(self, request: TurnRequest, key_id: str, asker: str = "") -> Turned:
         """Append frames, renew the lease, lease up to room jobs. Never waits for work. Raises SessionLapsed.
+
+        asker: the name of this process where it listens to the live channel: it hears nothing there of this turn, and gives the news of the
+        answer to its followers.
 
         The same turn number may be sent again and again: while nothing was leased under it, each call may lease (so a parked
         turn calls this every few seconds); once something was, every call answers with the same jobs and no others.
@@ -265,15 +275,15 @@ class JobQueue:
             MAX_JOBS_PER_TURN,
             telemetry_json(request.telemetry),
             self._limits(shard.endpoint).batch_wait_ms,
-            len(request.holding),
-            *(part for pair in request.holding for part in pair),
-            *(part for frame in request.frames for part in frame_args(frame)),
+            asker,
+            orjson.dumps(request.holding),
+            *packed(request.frames),
         )
         if reply[0] == "lapsed":
             raise _session_lapsed(request.session)
         if reply[0] == "stale":
             return Turned(turn=request.turn)
-        _, jobs, drops, expects, drain, fill_ms = reply
+        _, jobs, drops, expects, drain, fill_ms, marks, others = reply
         return Turned(
             turn=request.turn,
             jobs=[worker_job_of(*job) for job in jobs],
@@ -281,6 +291,7 @@ class JobQueue:
             expect=[Expect(job=job, offset=offset) for job, offset in expects],
             drain=bool(drain),
             again_s=fill_ms / 1000 if fill_ms else None,
+            news=news_of_turn(request.frames, marks, others),
         )
 
     async def close_session(self, session: str, key_id: str) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SkipValidation
 
 from mixtral_client.protocol import (
     CALLER_ERRORS,
@@ -89,6 +89,31 @@ class Entry(NamedTuple):
     logprobs: Sequence[str] | None = None
 
 
+class Ending(NamedTuple):
+    """A job is done: finish, and what it took. Times in ms of Redis's clock."""
+
+    finish: Finish
+    n: int  # tokens in the log
+    prompt_tokens: int
+    dropped_messages: int
+    created_ms: int
+    started_ms: int | None
+    first_ms: int | None
+    ended_ms: int
+
+    @property
+    def usage(self) -> Usage:
+        return _usage(self.prompt_tokens, self.n, self.dropped_messages)
+
+    @property
+    def timings(self) -> Timings:
+        return _timings(self.created_ms, self.started_ms, self.first_ms, self.ended_ms)
+
+
+News: TypeAlias = tuple[str, Entry | Ending | None]
+"""Of a job: what was appended, that it is done, or that its log has something new."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A job's record and its log entries after an offset, read in one step.
@@ -127,9 +152,11 @@ class Snapshot:
 
 
 class Turned(TurnAnswer):
-    """What a worker is answered. again_s stays here: a whole batch is filling, and the turn is to be asked again after so long."""
+    """What a worker is answered. Not for it: again_s, where a whole batch is filling and the turn is to be asked again after so long; and
+    news for followers."""
 
     again_s: float | None = Field(None, exclude=True)
+    news: SkipValidation[list[News]] = Field(default_factory=list, exclude=True)
 
 
 @dataclass(frozen=True)
@@ -291,13 +318,33 @@ def _entry(entry_id: str, fields: Sequence[str]) -> Entry:
     return Entry(int(entry_id.partition("-")[0]) - len(ids) + 1, ids, texts, logprobs and tuple(orjson.loads(logprobs)))
 
 
-def _usage(prompt_tokens: str | None, n: str | None, dropped: str | None) -> Usage:
+def news_of(row: Sequence[Any]) -> News:
+    """row: as lua/common.lua writes it."""
+    job_id, *facts = row
+    if not facts:
+        return job_id, None
+    return job_id, Entry(*facts) if facts[0] else Ending(*facts[1:])
+
+
+def news_of_turn(frames: Sequence[Frame], marks: str, others: str) -> list[News]:
+    """marks: of each frame; others: JSON."""
+    news: list[News] = [
+        (frame.job, Entry(frame.offset, frame.ids, frame.texts, frame.logprobs or None) if mark == "a" else None)
+        for frame, mark in zip(frames, marks, strict=True)
+        if mark != "-"
+    ]
+    if others != "[]":
+        news += map(news_of, orjson.loads(others))
+    return news
+
+
+def _usage(prompt_tokens: str | int | None, n: str | int | None, dropped: str | int | None) -> Usage:
     prompt, completion = int(prompt_tokens or 0), int(n or 0)
     dropped_messages = int(dropped or 0)
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, dropped_messages=dropped_messages)
 
 
-def _timings(created: str | None, started: str | None, first: str | None, ended: str | None) -> Timings:
+def _timings(created: str | int | None, started: str | int | None, first: str | int | None, ended: str | int | None) -> Timings:
     since = int(created or 0)
     queue_s, first_token_s, total_s = ((int(at) - since) / 1000 if at else None for at in (started, first, ended))
     return Timings(queue_s=queue_s, first_token_s=first_token_s, total_s=total_s)
@@ -365,25 +412,31 @@ def telemetry_json(telemetry: Mapping[str, Any]) -> str:
     return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
 
 
-def frame_args(frame: Frame) -> tuple[str, bytes, bytes, bytes, str]:
-    """What turn.lua reads of a frame: its head, its ids and texts as JSON, its logprobs and its error as JSON or ""."""
-    size = len("".join(frame.texts).encode())
+def packed(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
+    """What turn.lua reads of frames: their heads as JSON, and in one string what it stores as it is: ids, texts, logprobs, error."""
+    heads: list[tuple[str | int, ...]] = []
+    bodies: list[bytes] = []
+    for frame in frames:
+        size = len("".join(frame.texts).encode())
+        if size > MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids):
+            frame, size = _failed_by(frame, size), 0
+        ids, texts = orjson.dumps(frame.ids), orjson.dumps(frame.texts)
+        logprobs = orjson.dumps(frame.logprobs) if frame.logprobs else b""
+        error = _error_detail(frame.error).model_dump_json(exclude_none=True).encode() if frame.error else b""
+        ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
+        prompt_tokens = "" if frame.prompt_tokens is None else frame.prompt_tokens
+        dropped = "" if frame.dropped_messages is None else min(frame.dropped_messages, 2**31)
+        counts = (frame.attempt, frame.offset, len(frame.ids), size, prompt_tokens, dropped)
+        heads.append((frame.job, *counts, ending, len(ids), len(texts), len(logprobs), len(error)))
+        bodies += (ids, texts, logprobs, error)
+    return orjson.dumps(heads), b"".join(bodies)
+
+
+def _failed_by(frame: Frame, size: int) -> Frame:
     most = MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids)
-    if size > most:
-        message = f"the worker sent {size:,} bytes of text for {len(frame.ids):,} tokens; {most:,} at most"
-        error = FrameError(code="worker_text_too_long", message=message)
-        frame = Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
-        size = 0
-    prompt_tokens = "" if frame.prompt_tokens is None else min(frame.prompt_tokens, 2**31)
-    dropped = "" if frame.dropped_messages is None else min(frame.dropped_messages, 2**31)
-    ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
-    return (
-        f"{frame.attempt} {frame.offset} {len(frame.ids)} {size} {prompt_tokens} {dropped} {ending} {frame.job}",
-        orjson.dumps(frame.ids),
-        orjson.dumps(frame.texts),
-        orjson.dumps(frame.logprobs) if frame.logprobs else b"",
-        _error_detail(frame.error).model_dump_json(exclude_none=True) if frame.error else "",
-    )
+    message = f"the worker sent {size:,} bytes of text for {len(frame.ids):,} tokens; {most:,} at most"
+    error = FrameError(code="worker_text_too_long", message=message)
+    return Frame(job=frame.job, attempt=frame.attempt, offset=frame.offset, error=error)
 
 
 def _error_detail(error: FrameError) -> ErrorDetail:

@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
 from mixtral_server.errors import RedisUnavailable
+from mixtral_server.redis_line import Line
 from mixtral_server.redis_url import Login, TlsFiles
 from mixtral_server.tasks import end
 
@@ -78,6 +79,11 @@ def redis_answers() -> Iterator[None]:
         if word is None:
             raise
         raise RedisUnavailable(f"the queue's Redis takes no writes now ({word}); try again", retry_after_s=5.0) from error
+
+
+def _is_elsewhere(error: Exception) -> bool:
+    """The node that says so is not the one to ask."""
+    return isinstance(error, redis_errors.ResponseError) and _why_not_now(error) in ("MOVED", *_ELSEWHERE)
 
 
 def _why_not_now(error: redis_errors.ResponseError) -> str | None:
@@ -251,15 +257,17 @@ class RedisClient(Redis):
     """redis-py's client of one Redis, or of whichever node has one slot now, with one deadline for each call."""
 
     def __init__(self, connection_class: type[TcpConnection | UnixConnection], *, home: Home | None = None, **options: Any) -> None:
+        retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
         pool = BlockingConnectionPool(
             max_connections=MAX_CONNECTIONS,
             timeout=None,
             connection_class=connection_class,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
+            retry=retry,
             **options | ({"home": home} if home else {}),
         )
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
+        self._line = Line(pool.make_connection, retry, _is_elsewhere)
         self._pulse = _Pulse(self._lost)
         self._probe: asyncio.Task[None] | None = None
         self._home = home
@@ -292,10 +300,12 @@ class RedisClient(Redis):
             self._pulse.done(timeout, is_heard)
 
     async def _follow(self, *args: Any, **options: Any) -> Any:
-        """The answer of the node that has the slot now."""
+        """The answer of the node that has the slot now. Scripts share a line; all else, which is rare, has a connection to itself."""
         moves = 0
         while True:
             try:
+                if args[0] == "EVALSHA":
+                    return await self._line.ask(*args)
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
             except redis_errors.MovedError as error:
                 moves += 1
@@ -311,6 +321,8 @@ class RedisClient(Redis):
 
     async def _hang_up(self, in_use: bool = True) -> None:
         """Break connections: they lead to a node that is no longer the one to ask. Their calls try again elsewhere."""
+        if in_use:
+            self._line.hang_up()
         pool = self.connection_pool
         for connection in [*pool._available_connections, *(pool._in_use_connections if in_use else ())]:
             await connection.disconnect(nowait=True)  # the pool's own disconnect() waits for hosts that are gone
@@ -322,6 +334,7 @@ class RedisClient(Redis):
         LOG.error("redis_away: no answer for %g s; calls are refused until it answers", CALL_S)
         if self._home:
             self._home.lost()
+        self._line.hang_up()
         await self._hang_up(in_use=False)
         while self._pulse.is_away:
             connection = self.connection_pool.make_connection()  # type: ignore[no-untyped-call]
@@ -341,4 +354,5 @@ class RedisClient(Redis):
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         if self._probe:
             await end([self._probe])
+        self._line.hang_up()
         await super().aclose(close_connection_pool)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from mixtral_server.cursor import Cursor
 from mixtral_server.follower import Follower
 from mixtral_server.keys import Shard
 from mixtral_server.queue import JobQueue
-from mixtral_server.records import Entry
+from mixtral_server.records import Ending, Entry, News, news_of
 from mixtral_server.redis_client import RedisClient
 from mixtral_server.redis_nodes import AnyRedis
 from mixtral_server.tasks import end
@@ -50,6 +51,9 @@ class Relay:
         self._wakes = dict.fromkeys(queue.endpoints, 0)
         self._work = {endpoint: asyncio.Event() for endpoint in queue.endpoints}
         self._listeners: list[asyncio.Task[None]] = []
+        self._name = secrets.token_hex(8)
+        self._own = f'["{self._name}",'
+        self._heard: set[str] = set()  # endpoints whose live channel we are subscribed to, as far as we know
 
     async def __aenter__(self) -> Relay:
         homes: dict[RedisClient, list[str]] = {}  # in a Cluster messages are heard where they are made: they pass no other node
@@ -73,10 +77,19 @@ class Relay:
 
     @contextmanager
     def follow(
-        self, job_id: str, after: int = 0, crc: int | None = None, *, is_resumable: bool = True, asks_place: bool = True
+        self,
+        job_id: str,
+        after: int = 0,
+        crc: int | None = None,
+        *,
+        is_resumable: bool = True,
+        asks_place: bool = True,
+        is_new: bool = False,
     ) -> Iterator[Follower]:
-        """A reader of the job's events after offset `after`; crc names the ids that it has so far."""
-        follower = Follower(self._queue, self._reads, job_id, Cursor(after, crc), is_resumable=is_resumable, asks_place=asks_place)
+        """A reader of the job's events after offset `after`; crc names the ids that it has so far. is_new: the job is not yet put."""
+        follower = Follower(
+            self._queue, self._reads, job_id, Cursor(after, crc), is_resumable=is_resumable, asks_place=asks_place, is_new=is_new
+        )
         self._followers.setdefault(job_id, set()).add(follower)
         try:
             yield follower
@@ -85,6 +98,24 @@ class Relay:
             of_job.discard(follower)
             if not of_job:
                 del self._followers[job_id]
+
+    # ------------------------------------------------------------------------------------------ news
+
+    def asker(self, endpoint: str) -> str:
+        """For JobQueue.turn(): this process's name, or "" while it hears nothing."""
+        return self._name if endpoint in self._heard else ""
+
+    def tell(self, news: Iterable[News]) -> None:
+        """What this process knows first, of a turn that it has made itself."""
+        for job_id, what in news:
+            for follower in self._followers.get(job_id, ()):
+                match what:
+                    case Entry():
+                        follower.hear(what)
+                    case Ending():
+                        follower.hear_end(what)
+                    case None:
+                        follower.look()
 
     # ------------------------------------------------------------------------------------------ parked turns
 
@@ -121,6 +152,7 @@ class Relay:
                         pause_s = 0.0
                         self._hear(message)
             except (redis_errors.RedisError, OSError) as error:
+                self._heard.difference_update(self._live.get(channel, "") for channel in channels)
                 LOG.warning("live_channel_lost next_try_s=%.1f: %s", pause_s, error)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(MAX_RECONNECT_PAUSE_S, 2 * pause_s + 0.1)
@@ -131,30 +163,20 @@ class Relay:
             self._subscribed(channel)
         elif message["type"] == "message" and channel in self._wake:
             self._has_work(self._wake[channel])
-        elif message["type"] == "message":
-            for job_id, *tokens in orjson.loads(message["data"]):
-                self._tell(job_id, tokens)
+        elif message["type"] == "message" and not message["data"].startswith(self._own):
+            _, *rows = orjson.loads(message["data"])
+            self.tell(map(news_of, rows))
 
     def _subscribed(self, channel: str) -> None:
         """For the first time or, by a client that reconnects by itself, again: what was said meanwhile is lost."""
         if channel in self._wake:
             self._has_work(self._wake[channel])
             return
+        self._heard.add(self._live[channel])
         for job_id, of_job in self._followers.items():
             if job_id.startswith(f"{self._live[channel]}."):
                 for follower in of_job:
                     follower.look(start_over=True)
-
-    def _tell(self, job_id: str, tokens: Sequence[Any]) -> None:
-        of_job = self._followers.get(job_id)
-        if not of_job:
-            return
-        entry = Entry(*tokens) if tokens else None
-        for follower in of_job:
-            if entry:
-                follower.hear(entry)
-            else:
-                follower.look()
 
 
 async def _messages(channel: PubSub) -> AsyncIterator[dict[str, Any]]:

@@ -13,14 +13,14 @@ from redis.asyncio import Redis
 
 import mixtral_server.follower
 import mixtral_server.redis_client
-from mixtral_client.protocol import FrameError, JobEvent, TokenEvent, event_id, ids_crc, parse_event_id
+from mixtral_client.protocol import Frame, FrameError, JobEvent, TokenEvent, event_id, ids_crc, parse_event_id
 from mixtral_server.cursor import Cursor, Followed, Tokens
 from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.follower import MAX_KEPT_TOKENS
 from mixtral_server.queue import JobQueue, QueueLimits
 from mixtral_server.records import Entry, Place, Snapshot
 from mixtral_server.relay import Relay
-from support.queue_bench import ENDPOINT, Bench, frame
+from support.queue_bench import ENDPOINT, Bench, Hand, frame
 from support.redis import RedisProcess, connect, redis_binary
 
 HANG_S = 30.0
@@ -424,26 +424,117 @@ async def test_a_follower_holds_on_while_redis_is_away(own_redis: RedisProcess, 
 async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live channel stays open, but for a while there is no connection to read the log with."""
     monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
-    monkeypatch.setattr(mixtral_server.redis_client, "CALL_S", 0.2)
-    small = connect(redis_process.url)
-    small.connection_pool.max_connections = 2
-    queue = JobQueue(small, {ENDPOINT: QueueLimits()})
+    redis = connect(redis_process.url)
+    queue = JobQueue(redis, {ENDPOINT: QueueLimits()})
     job_id, worker = await bench.put(), await bench.worker()
     [job] = await worker.take()
     await worker.turn(frame(job, 1, "abc"))
-    async with Relay(small, queue) as relay:
+    others = {client["id"] for client in await bench.redis.client_list()}
+    async with Relay(redis, queue) as relay:
         await subscribed(relay)
         reader = Reader(relay, job_id)
         await reader.until_text("abc")
-        busy = await small.connection_pool.get_connection()
+        clients = await bench.redis.client_list()
+        [line] = [client["id"] for client in clients if client["cmd"] == "evalsha" and client["id"] not in others]
+        await bench.redis.config_set("maxclients", len(clients) - 1)
+        await bench.redis.client_kill_filter(_id=line)
         await bench.queue.cancel(job_id)
         for _ in range(3):
             with pytest.raises(RedisUnavailable):
                 await queue.read(job_id)
-        await small.connection_pool.release(busy)
+        await bench.redis.config_set("maxclients", 10_000)
         await reader.end()
         assert reader.kinds[-1] == "done"
-    await small.aclose()
+    await redis.aclose()
+
+
+# ------------------------------------------------------------------------------------------------ a process's own turns
+
+
+async def told(relay: Relay, worker: Hand, *frames: Frame) -> None:
+    """A turn as a server makes it that listens."""
+    worker.number += 1
+    relay.tell((await worker.queue.turn(worker.request(*frames), worker.key, asker="me")).news)
+
+
+async def test_own_turns_reach_followers_by_their_answers_alone(bench: Bench, deaf_relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
+    job_id = await bench.put()
+    worker = await bench.worker()
+    [job] = await worker.take()
+    reader = Reader(deaf_relay, job_id)
+    await told(deaf_relay, worker, frame(job, 1, "ab"))
+    await reader.until_text("ab")
+    await told(deaf_relay, worker, frame(job, 2, "bcd"))  # a part of it is known: the log has the rest
+    await reader.until_text("abcd")
+    await told(deaf_relay, worker, frame(job, 5, "e", finish="stop", prompt_tokens=3, dropped_messages=1))
+    await reader.end()
+    assert reader.text == "abcde"
+    assert reader.kinds[-1] == "done"
+
+
+async def test_end_that_is_told_is_the_end_that_the_log_has(bench: Bench, deaf_relay: Relay) -> None:
+    job_id = await bench.put()
+    worker = await bench.worker()
+    [job] = await worker.take()
+    reader = Reader(deaf_relay, job_id)
+    await told(deaf_relay, worker, frame(job, 1, "ab"))
+    await reader.until_text("ab")
+    await told(deaf_relay, worker, frame(job, 3, "c", finish="stop", prompt_tokens=3, dropped_messages=1))
+    later = Reader(deaf_relay, job_id)
+    assert (await reader.end())[-1] == (await later.end())[-1]
+
+
+async def test_job_that_is_followed_before_it_is_put_needs_no_look(
+    bench: Bench, deaf_relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixtral_server.follower, "LOOK_EVERY_S", 3600.0)
+    job_id = bench.queue.new_id(ENDPOINT)
+    with deaf_relay.follow(job_id, is_new=True, asks_place=False) as follower:
+        assert await bench.put(job_ids=[job_id]) == job_id
+        worker = await bench.worker()
+        [job] = await worker.take()
+        await told(deaf_relay, worker, frame(job, 1, "ab", finish="stop"))
+        tokens, done = await follower.batch(HANG_S)
+        assert isinstance(tokens, Tokens)
+        assert (tokens.texts, follower.is_over) == (["a", "b"], True)
+        assert not isinstance(done, Tokens)
+        assert done.event.event == "done"
+
+
+async def test_reader_that_began_without_a_look_is_told_nothing_twice_when_it_starts_over(bench: Bench, deaf_relay: Relay) -> None:
+    job_id = bench.queue.new_id(ENDPOINT)
+    with deaf_relay.follow(job_id, is_new=True, asks_place=False) as follower:
+        await bench.put(job_ids=[job_id])
+        worker = await bench.worker()
+        [job] = await worker.take()
+        await told(deaf_relay, worker, frame(job, 1, "ab"))
+        first = await follower.batch(HANG_S)
+        follower.look(start_over=True)
+        await told(deaf_relay, worker, frame(job, 3, "c", finish="stop"))
+        rest = await follower.batch(HANG_S)
+    assert [told.event.event for told in one_by_one([*first, *rest])] == ["token", "token", "token", "done"]
+
+
+async def test_turn_is_published_only_where_another_process_listens(bench: Bench) -> None:
+    job_id = await bench.put()
+    worker = await bench.worker()
+    [job] = await worker.take()
+
+    async def turn(offset: int, asker: str) -> None:
+        worker.number += 1
+        await worker.queue.turn(worker.request(frame(job, offset, "a")), worker.key, asker=asker)
+
+    async with bench.redis.pubsub() as mine, bench.redis.pubsub() as another:
+        await mine.subscribe(bench.shard.live)
+        await mine.get_message(timeout=HANG_S)
+        await turn(1, "me")
+        await turn(2, "")  # it does not listen
+        await another.subscribe(bench.shard.live)
+        await another.get_message(timeout=HANG_S)
+        await turn(3, "me")
+        heard = [(await mine.get_message(timeout=HANG_S))["data"] for _ in range(2)]
+    assert heard == [f'["",["{job_id}",2,[97],["a"]]]', f'["me",["{job_id}",3,[97],["a"]]]']
 
 
 # ------------------------------------------------------------------------------------------------ parked turns

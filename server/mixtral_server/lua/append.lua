@@ -15,13 +15,16 @@ local function cut(json, skip, last)
   return cjson.encode(part), bytes
 end
 
--- What of the frame the log lacks, as far as the job's max tokens allow. Returns the log's new length.
+-- What of the frame the log lacks, as far as the job's max tokens allow. Returns the log's new length. The frame is marked: 'a' appended as
+-- it is, 'c' cut.
 local function append_tokens(frame, n, bytes, max, state)
   local skip = n + 1 - frame.offset
   local last = math.min(frame.count, max - frame.offset + 1)
   if skip < 0 or last <= skip then return n end
   local ids, texts, size, logprobs = frame.ids, frame.texts, frame.bytes, frame.logprobs
+  frame.mark = 'a'
   if skip > 0 or last < frame.count then
+    frame.mark = 'c'
     ids = cut(ids, skip, last)
     texts, size = cut(texts, skip, last)
     if logprobs ~= '' then logprobs = cut(logprobs, skip, last) end
@@ -31,12 +34,14 @@ local function append_tokens(frame, n, bytes, max, state)
     call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts)
   else
     call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts, 'logprobs', logprobs)
-    logprobs = ',' .. logprobs
   end
   call('HSET', job_key(frame.job), 'n', length, 'bytes', bytes + size)
   if state == 'leased' then call('HSET', job_key(frame.job), 'state', 'streaming') end
   if n == 0 then call('HSETNX', job_key(frame.job), 'first', now) end
-  news[#news + 1] = '["' .. frame.job .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. logprobs .. ']'
+  if is_heard then
+    local more = logprobs ~= '' and ',' .. logprobs or ''
+    appends[#appends + 1] = '["' .. frame.job .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. more .. ']'
+  end
   appended = appended + length - n
   return length
 end

@@ -26,10 +26,11 @@ end
 local JOB_FIELDS = {
   'state', 'owner', 'prio', 'weight', 'due', 'estimate', 'deaths', 'n', 'base', 'cost', 'level', 'session', 'key', 'most', 'idem',
   'ttl', 'prompt_tokens', 'title', 'created', 'started', 'first', 'attempt', 'rates', 'charged', 'eta', 'eta_p90', 'retried',
-  'native', 'text',
+  'native', 'text', 'dropped',
 }
 local JOB_NUMBERS = {
   'weight', 'due', 'estimate', 'deaths', 'n', 'base', 'cost', 'level', 'ttl', 'prompt_tokens', 'created', 'attempt', 'charged',
+  'dropped',
 }
 
 -- The job's record without its request, or nil.
@@ -44,13 +45,27 @@ end
 
 -- ---------------------------------------------------------------------------------------- news for followers and parked turns
 
-local news = {} -- JSON: ["job"] = look at its log, ["job",first offset,ids,texts] = appended, with logprobs where they are asked for
+-- News are JSON: ["job",first offset,ids,texts] = appended, with logprobs where they are asked for; ["job"] = look at its log;
+-- ["job",0,finish,tokens,prompt tokens,messages dropped,created,started,first token,ended] = done. Before them stands who asked: a server
+-- process has its own news by its answer.
+local asker, is_heard = '', true -- is_heard: by any other process
+local appends, news = {}, {}
 local has_work = false
 
 local function tell(id) news[#news + 1] = '["' .. id .. '"]' end
 
+local function tell_done(job, word)
+  local facts = {
+    0, '"' .. word .. '"', job.n, job.prompt_tokens, job.dropped, job.created, job.started or 'null', job.first or 'null', now,
+  }
+  news[#news + 1] = '["' .. job.id .. '",' .. table.concat(facts, ',') .. ']'
+end
+
 local function publish()
-  if #news > 0 then call('PUBLISH', t .. ':live', '[' .. table.concat(news, ',') .. ']') end
+  if is_heard and #appends + #news > 0 then
+    local comma = #appends > 0 and #news > 0 and ',' or ''
+    call('PUBLISH', t .. ':live', '["' .. asker .. '",' .. table.concat(appends, ',') .. comma .. table.concat(news, ',') .. ']')
+  end
   if has_work then call('PUBLISH', t .. ':wake', '1') end
 end
 

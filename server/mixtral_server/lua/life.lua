@@ -98,7 +98,7 @@ local function finish(job, state, word, detail)
     'attempt', job.attempt, 'created', job.created, 'started', job.started or '', 'first', job.first or '', 'ended', now)
   call('HINCRBY', t .. ':totals', state, 1)
   job.state = state
-  tell(job.id)
+  if state == 'done' then tell_done(job, word) else tell(job.id) end
 end
 
 -- A leased job goes back to the place it had.

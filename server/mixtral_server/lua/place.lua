@@ -21,6 +21,17 @@ local function jobs_of(line, from, to)
   return call('ZCOUNT', line, from, to)
 end
 
+-- How many jobs each of these users, at most MAX_USERS, has in line in these bounds. One call for all where none of their jobs is parked or a
+-- suspect, so that those in line are all that wait.
+local function jobs_in_lines(users, from, to)
+  if #users > 0 and not from and call('EXISTS', t .. ':suspects') == 0 and tonumber(call('GET', t .. ':parked') or 0) == 0 then
+    return call('HMGET', t .. ':waiting_of', unpack(users))
+  end
+  local counts = {}
+  for i, user in ipairs(users) do counts[i] = jobs_of(t .. ':wait:' .. user, from, to) end
+  return counts
+end
+
 -- Users at better levels who come to this one with jobs in these bounds when their better ones are gone.
 local function ahead_of_those_to_come(job, level, cost, mark, from, to)
   local ahead, left = 0, MAX_USERS
@@ -56,15 +67,15 @@ local function ahead_of(job)
 
   local ring, cost = ring_key(level), estimated_units(job)
   local mark = (call('ZSCORE', ring, job.owner) or joining(level, job.owner)) + rank * cost
-  local users = call('ZRANGEBYSCORE', ring, '-inf', mark, 'WITHSCORES', 'LIMIT', 0, MAX_USERS)
-  for i = 1, #users, 2 do
-    local user = users[i]
+  local stands, users, marks = call('ZRANGEBYSCORE', ring, '-inf', mark, 'WITHSCORES', 'LIMIT', 0, MAX_USERS), {}, {}
+  for i = 1, #stands, 2 do users[#users + 1], marks[#marks + 1] = stands[i], tonumber(stands[i + 1]) end
+  local waiting = jobs_in_lines(users, from, to)
+  for i, user in ipairs(users) do
     if user ~= job.owner then
-      local waiting = jobs_of(t .. ':wait:' .. user, from, to)
-      ahead = ahead + served_before(tonumber(users[i + 1]), cost, mark, user < job.owner, waiting)
+      ahead = ahead + served_before(marks[i], cost, mark, user < job.owner, tonumber(waiting[i]) or 0)
     end
   end
-  if #users == 2 * MAX_USERS then ahead = ahead + call('ZCOUNT', ring, '-inf', mark) - MAX_USERS end
+  if #users == MAX_USERS then ahead = ahead + call('ZCOUNT', ring, '-inf', mark) - MAX_USERS end
   return ahead + ahead_of_those_to_come(job, level, cost, mark, from, to), parked
 end
 

@@ -1,7 +1,9 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
--- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, pairs held, then (job, attempt) of each,
---       then 5 of each frame: head (below), ids, texts, logprobs or '', error detail
--- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling}
+-- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, the process that asks or '' if it does not
+--       listen, (job, attempt) of each held as JSON, heads of frames (below) as JSON, and in one string ids, texts, logprobs or '' and error
+--       detail of each frame
+-- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling, a mark for each
+--   frame ('a' appended, 'c' cut, '-' not), other news as JSON}
 
 local session, turn, room = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
 local login = table_of(call('HGETALL', session_key(session)))
@@ -25,16 +27,22 @@ local function drop(job, attempt)
 end
 
 -- Frames.
-local pairs_held = tonumber(ARGV[9])
--- attempt, offset, count, bytes of texts, prompt tokens or '', messages dropped or '', ending or '', job
-local HEAD = '^(%S+) (%S+) (%S+) (%S+) (%S*) (%S*) (%S*) (.*)$'
-local released = false
-for at = 10 + 2 * pairs_held, #ARGV, 5 do
-  local frame = {ids = ARGV[at + 1], texts = ARGV[at + 2], logprobs = ARGV[at + 3], detail = ARGV[at + 4]}
-  local attempt, offset, count, bytes, prompt_tokens, dropped, ending, job = string.match(ARGV[at], HEAD)
-  frame.job, frame.attempt, frame.prompt_tokens, frame.dropped, frame.ending = job, attempt, prompt_tokens, dropped, ending
-  frame.offset, frame.count, frame.bytes = tonumber(offset), tonumber(count), tonumber(bytes)
-  if held[frame.job] == frame.attempt then
+asker = ARGV[9]
+is_heard = asker == '' or call('PUBSUB', 'NUMSUB', t .. ':live')[2] > 1
+local marks, released = {}, false
+local bodies, body_at = ARGV[12], 1
+
+local function body(size)
+  body_at = body_at + size
+  return string.sub(bodies, body_at - size, body_at - 1)
+end
+
+for i, head in ipairs(cjson.decode(ARGV[11])) do
+  local frame = {
+    job = head[1], attempt = head[2], offset = head[3], count = head[4], bytes = head[5], prompt_tokens = head[6], dropped = head[7],
+    ending = head[8], ids = body(head[9]), texts = body(head[10]), logprobs = body(head[11]), detail = body(head[12]), mark = '-',
+  }
+  if held[frame.job] == tostring(frame.attempt) then
     local ended, expected = append(frame)
     if ended then held[frame.job] = nil end
     if expected then expects[#expects + 1] = {frame.job, expected} end
@@ -42,14 +50,15 @@ for at = 10 + 2 * pairs_held, #ARGV, 5 do
   else
     drop(frame.job, frame.attempt)
   end
+  marks[i] = frame.mark
 end
 if appended > 0 then call('HINCRBY', t .. ':totals', 'tokens', appended) end
 
 -- What the worker has and should not, and the other way round.
 local has = {}
-for i = 10, 9 + 2 * pairs_held, 2 do
-  local job, attempt = ARGV[i], ARGV[i + 1]
-  if held[job] == attempt then has[job] = true else drop(job, attempt) end
+for _, pair in ipairs(cjson.decode(ARGV[10])) do
+  local job, attempt = pair[1], pair[2]
+  if held[job] == tostring(attempt) then has[job] = true else drop(job, attempt) end
 end
 local lacks, running = {}, 0
 for job in pairs(held) do
@@ -91,4 +100,6 @@ publish()
 
 local replies = {}
 for i, job in ipairs(jobs) do replies[i] = job_reply(job) end
-return {'ok', replies, drops, expects, login.drain and 1 or 0, fill}
+return {
+  'ok', replies, drops, expects, login.drain and 1 or 0, fill, table.concat(marks), '[' .. table.concat(news, ',') .. ']',
+}

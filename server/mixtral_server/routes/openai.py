@@ -343,16 +343,17 @@ async def _call(
     wanted: ChatRequest | CompletionRequest,
     form_of: type[Form],
 ) -> web.StreamResponse:
-    put = await service.put(request, caller, endpoint, specs, fingerprint(request.path, wanted))
+    body_hash = fingerprint(request.path, wanted) if "Idempotency-Key" in request.headers else ""
+    ids = [service.queue.new_id(endpoint.name) for _ in specs]
     created = int(service.now_s())
     with ExitStack() as stack:
-        choices = [
-            Choice(
-                stack.enter_context(service.relay.follow(job_id, is_resumable=False, asks_place=False)),
-                form_of(put.job_id, endpoint.name, created, index),
-            )
-            for index, job_id in enumerate(put.job_ids)
-        ]
+        followers = [stack.enter_context(service.relay.follow(job_id, is_resumable=False, asks_place=False, is_new=True)) for job_id in ids]
+        put = await service.put(request, caller, endpoint, specs, body_hash, job_ids=ids)
+        if list(put.job_ids) != ids:  # an Idempotency-Key named others already
+            stack.close()
+            followers = [stack.enter_context(service.relay.follow(job_id, is_resumable=False, asks_place=False)) for job_id in put.job_ids]
+        forms = [form_of(put.job_id, endpoint.name, created, index) for index in range(len(followers))]
+        choices = [Choice(follower, form) for follower, form in zip(followers, forms, strict=True)]
         try:
             async with Call(choices, wanted.n or 1, service.settings.ping_s) as call:
                 if not wanted.stream:

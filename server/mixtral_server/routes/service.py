@@ -107,6 +107,7 @@ class Service:
         *,
         priority: int | None = None,
         queue_timeout_s: float | None = None,
+        job_ids: Sequence[str] = (),
     ) -> Put:
         """Queue a job for the caller, or several: all or none. A caller that leaves while Redis is being asked leaves no job behind.
 
@@ -134,6 +135,7 @@ class Service:
                 idempotency_key=key,
                 body_hash=body_hash,
                 queue_timeout_s=endpoint.queue_timeout_s if queue_timeout_s is None else queue_timeout_s,
+                job_ids=job_ids,
             )
         )
         try:

@@ -30,6 +30,7 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
+        self._transport = self._request.transport
         self._is_chunked = self.response.headers.get("Transfer-Encoding") == "chunked"
         self._open_streams.inc()
         return self
@@ -40,7 +41,7 @@ class EventStream:
 
     def write_now(self, events: bytes, tokens: int) -> bool:
         """What write() does, without waiting. False, and nothing is written, when the reader lags or is gone."""
-        transport = self._request.transport
+        transport = self._transport
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
         transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)

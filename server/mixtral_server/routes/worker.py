@@ -49,7 +49,12 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
     until = clock() + service.settings.worker_poll_s
     while True:
         seen = service.relay.wakes(shard.endpoint)
-        answer = await service.queue.turn(wanted, key_of(caller))
+        try:
+            answer = await service.queue.turn(wanted, key_of(caller), service.relay.asker(shard.endpoint))
+        except (asyncio.CancelledError, RedisUnavailable):  # what became of its frames is in the log
+            service.relay.tell((frame.job, None) for frame in wanted.frames)
+            raise
+        service.relay.tell(answer.news)
         await service.offences.judge(wanted, answer, len(raw), key_of(caller))
         left_s = until - clock()
         if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
