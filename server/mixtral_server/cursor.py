@@ -53,12 +53,13 @@ class Cursor:
 
     __slots__ = ("_anew", "_crc", "_ids", "_moves", "_resume")
 
-    def __init__(self, after: int = 0, crc: int | None = None) -> None:
+    def __init__(self, after: int = 0, crc: int | None = None, *, is_new: bool = False) -> None:
+        """is_new: the job is not yet put."""
         self._resume = None if (after, crc) == (0, None) else (after, crc)  # until the first look at the log
         self._ids = array("I")
         self._crc = 0
         self._moves: int | None = None
-        self._anew: int | None = None
+        self._anew: int | None = 0 if is_new else None
 
     @property
     def offset(self) -> int:

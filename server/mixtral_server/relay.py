@@ -88,7 +88,13 @@ class Relay:
     ) -> Iterator[Follower]:
         """A reader of the job's events after offset `after`; crc names the ids that it has so far. is_new: the job is not yet put."""
         follower = Follower(
-            self._queue, self._reads, job_id, Cursor(after, crc), is_resumable=is_resumable, asks_place=asks_place, is_new=is_new
+            self._queue,
+            self._reads,
+            job_id,
+            Cursor(after, crc, is_new=is_new),
+            is_resumable=is_resumable,
+            asks_place=asks_place,
+            is_new=is_new,
         )
         self._followers.setdefault(job_id, set()).add(follower)
         try:
