@@ -129,6 +129,11 @@ class RequestMessage(ChatMessage):
     function_call: NoToolChoice = None
     audio: TextOnly = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_plain_one(cls, given: Any) -> Any:
+        return {"role": given.role, "content": given.content} if type(given) is ChatMessage else given
+
 
 def _stop_list(stop: Any) -> Any:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
