@@ -258,16 +258,16 @@ async def test_show_tells_the_shape_and_only_when_asked_the_text(bench: Bench, r
     job_id = (await bench.queue.put(ENDPOINT, "ann", spec)).job_id
     worker = await bench.worker()
     (job,) = await worker.take()
-    await worker.turn(frame(job, 1, "abc"))
+    await worker.turn(frame(job, 1, "xyz"))
     code, out, _ = await run("show", job_id)
     assert code == 0
     assert "system of 8 characters, user of 17 characters" in out
     assert re.search(r"^log +3 tokens, 3 characters$", out, re.M)
     assert "secret" not in out
-    assert "abc" not in out
+    assert "xyz" not in out  # no id has such letters
     code, out, _ = await run("show", job_id, "--text", "--json")
     shown = json.loads(out)
-    assert (shown["request"][1], shown["answer"], shown["last ids"]) == ("user: my secret is 1234", "abc", [97, 98, 99])
+    assert (shown["request"][1], shown["answer"], shown["last ids"]) == ("user: my secret is 1234", "xyz", [120, 121, 122])
 
 
 @pytest.mark.parametrize(
