@@ -25,10 +25,9 @@ TOKENS = [[(7 * i * (row + 3) + row) % 60 for i in range(CONTEXT)] for row in ra
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreter() -> Iterator[None]:
-    """It takes a millisecond for each program of a kernel: shapes are small here."""
+def small_shapes() -> Iterator[None]:
+    """Triton's interpreter (conftest.py) takes a millisecond for each program of a kernel: shapes are small here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is declared, and by Triton's own modules
         patch.setattr(gpu_step, "DECODES", (1, 4))
         patch.setattr(gpu_step, "CHUNKS", (32,))
         patch.setattr(gpu_step, "PROMPTS", 2)
