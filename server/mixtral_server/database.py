@@ -8,9 +8,11 @@ Leaves the tables to accounts.py and history.py.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from sqlite3 import OperationalError
 from typing import Any, TypeVar
 
 from alembic import command
@@ -23,6 +25,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 T = TypeVar("T")
+
+WAIT_FOR_SWITCH_S = 5.0
+SWITCH_AGAIN_S = 0.02
 
 METADATA = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
@@ -120,9 +125,26 @@ def _upgrade(connection: Connection) -> tuple[str | None, str]:
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.driver_connection.stop = _once(connection.driver_connection.stop)
     connection.isolation_level = None  # the driver must not begin or commit by itself: _begin_sqlite does, DDL included
+    _keep_log_ahead(connection)
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+    for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _keep_log_ahead(connection: Any) -> None:
+    """Once for each file. While another process writes, SQLite refuses to switch without waiting, whatever the timeout: replicas that start
+    together on a new file meet there."""
+    until = time.monotonic() + WAIT_FOR_SWITCH_S
+    cursor = connection.cursor()
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            break
+        except OperationalError:
+            if time.monotonic() > until:
+                raise
+            connection.run_async(lambda _: asyncio.sleep(SWITCH_AGAIN_S))
     cursor.close()
 
 

@@ -48,3 +48,24 @@ def test_write_that_is_cancelled_twice_while_it_waits_for_the_lock_keeps_no_even
 
     database = Database(f"sqlite+aiosqlite:///{file}", timeout_s=1.0)
     asyncio.run(cancelled_twice())
+
+
+async def test_new_file_that_another_process_writes_is_waited_for(file: Path) -> None:
+    """As replicas that start together meet it: SQLite's own timeout does not hold for the switch of a file to WAL."""
+    database = Database(f"sqlite+aiosqlite:///{file}")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        refused = asyncio.Event()
+
+        async def let_go() -> None:
+            await refused.wait()
+            other.execute("COMMIT")
+
+        def look(dbapi_connection: object, _record: object) -> None:
+            asyncio.get_running_loop().call_later(0.1, refused.set)
+
+        event.listen(database.engine.sync_engine, "connect", look, insert=True)
+        letting_go = asyncio.create_task(let_go())
+        assert (await database.migrate())[0] is None
+        await letting_go
+    await database.close()
