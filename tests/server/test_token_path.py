@@ -118,11 +118,10 @@ def count_parses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return parsed
 
 
-async def test_json_of_a_token_is_parsed_once_where_turn_and_reader_are_of_one_process(
-    server: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reading = Reading(server)
-    async with OneJob(server) as worker:
+async def parses_of_a_token(read_at: LiveServer, made_at: LiveServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What of the middle one of three tokens is parsed anywhere, with its reader at one server and its worker at another or the same."""
+    reading = Reading(read_at)
+    async with OneJob(made_at) as worker:
         await worker.take()
         await worker.say(1, "a")
         await reading.until(b'"a"')
@@ -131,6 +130,13 @@ async def test_json_of_a_token_is_parsed_once_where_turn_and_reader_are_of_one_p
         await reading.until(MARK.encode())
         await worker.say(3, "c", finish="stop")
         await reading.end()
+    return parsed
+
+
+async def test_json_of_a_token_is_parsed_once_where_turn_and_reader_are_of_one_process(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = await parses_of_a_token(server, server, monkeypatch)
     assert [text[:12] for text in parsed] == ['{"session": ']
 
 
@@ -138,14 +144,5 @@ async def test_json_of_a_token_is_parsed_once_by_each_of_two_processes(
     server: LiveServer, other: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader is at one, the worker at the other, which does not parse what it has published itself."""
-    reading = Reading(server)
-    async with OneJob(other) as worker:
-        await worker.take()
-        await worker.say(1, "a")
-        await reading.until(b'"a"')
-        parsed = count_parses(monkeypatch)
-        await worker.say(2, MARK)
-        await reading.until(MARK.encode())
-        await worker.say(3, "c", finish="stop")
-        await reading.end()
+    parsed = await parses_of_a_token(server, other, monkeypatch)
     assert [text.startswith('{"session": ') for text in sorted(parsed, reverse=True)] == [True, False]

@@ -1,8 +1,9 @@
 """Who takes part in `worker bench`: this engine and its peers, each answering the same chats, greedily and to the same length.
 
 `python -m mixtral_worker.bench_peers NAME CKPT_DIR DTYPE DEVICE THREADS EXPORTED` serves one of them: a line of JSON in, the chats; a line
-out, what it answered and when. Each runs in a process of its own, because their thread pools and what they read from the environment
-would get in each other's way. Decides how each peer is asked to do its best; what is asked, and what the times mean, is bench.py's.
+of JSON out, what it answered and when. Each runs in a process of its own, because their thread pools and what they read from the
+environment would get in each other's way. Decides how each peer is asked to do its best; what is asked, and what the times mean, is
+bench.py's.
 """
 
 from __future__ import annotations
