@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
 import time
 from math import ceil
 from typing import cast
@@ -17,6 +16,7 @@ import orjson
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
+from mixtral_server.entropy import token_hex
 from mixtral_server.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -135,23 +135,21 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers.update(allowances[-1].headers())
     if ignored := request.get(IGNORED_FIELDS):
         response.headers["x-ignored-fields"] = shown_fields(ignored)
-    for name, value in HEADERS.items():
-        response.headers[name] = value
+    response.headers.update(HEADERS)
     response.headers.setdefault("Cache-Control", "no-store")
 
 
 def request_id_of(request: web.Request) -> str:
     """The caller's own id when it is a plain word, else a new one."""
     given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req-{secrets.token_hex(8)}"
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req-{token_hex(8)}"
 
 
 def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -> None:
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "DELETE") else "other"
-    metrics.requests.labels(method, route, str(status)).inc()
-    metrics.request_seconds.labels(route).observe(seconds)
+    metrics.answered(method, route, status, seconds)
     level = logging.DEBUG if route in FREQUENT and status == 200 else logging.INFO
     if not access_log.isEnabledFor(level):
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from mixtral_server.auth import Auth, KeyRing
 from mixtral_server.database import Database, DatabaseError, first_line
 from mixtral_server.door import connection_options, listen, open_door
 from mixtral_server.endpoints import EndpointConfig
+from mixtral_server.entropy import random_int
 from mixtral_server.history import History
 from mixtral_server.metrics import Metrics
 from mixtral_server.offences import Offences
@@ -125,7 +125,7 @@ async def serve(
             auth=Auth(ring, cookie_secret, settings, time.time),
             metrics=metrics,
             group=group,
-            new_seed=lambda: secrets.randbits(63),
+            new_seed=partial(random_int, 63),
             now_s=time.time,
             stages=stages,
             siblings=siblings,

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mixtral_client.protocol import Sampling
 from mixtral_server.aime_files import FILE_NAME, table_of
 from mixtral_server.descriptions import Input, Inputs, Output
 
@@ -168,6 +169,11 @@ class EndpointConfig(BaseModel):
             "temperature": Input(type="float", default=min(1.0, self.temperature), minimum=0, maximum=1),
             "max_gen_tokens": Input(type="integer", default=min(DEFAULT_MAX_GEN_TOKENS, most), minimum=1, maximum=most),
         }
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """Fields of the protocol's Sampling as the endpoint would have them."""
+        return {name: getattr(self, name) for name in Sampling.model_fields if hasattr(self, name)}
 
     @property
     def job_types(self) -> frozenset[str]:

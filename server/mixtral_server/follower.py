@@ -10,8 +10,9 @@ without waking it. Whatever the sink does not take, and whatever comes while the
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
 from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
@@ -59,7 +60,7 @@ class Follower:
         self._cursor = cursor
         self._clock = asyncio.get_running_loop().time
         self._parked: asyncio.Future[None] | None = None  # while the reader waits for news
-        self._limit: asyncio.Timeout | None = None  # of the batch() under way
+        self._limit: asyncio.Timeout | None = None  # of the question to Redis under way
         self._told_at = 0.0
         self._refused: Tokens | None = None  # by the sink
         self._news: list[Entry | Ending] = []
@@ -110,6 +111,7 @@ class Follower:
     def stop(self) -> None:
         """The server is stopping: batch() hands out what is at hand, then nothing more."""
         self.is_stopped = True
+        self._wake()
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(self._clock())
 
@@ -127,20 +129,13 @@ class Follower:
         Nothing comes while Redis is away. Only the first look raises JobNotFound and RedisUnavailable.
         """
         self._told_at = self._clock()
-        while not self.is_stopped and (until := self._told_at + timeout_s) >= self._clock():
-            try:
-                async with asyncio.timeout_at(until) as self._limit:
-                    while True:
-                        events = self._at_hand()
-                        if not events and self._end is None:
-                            events = await self._look_or_wait()
-                        if events or self._end is not None:
-                            return self._handed_out(events)
-            except TimeoutError:
-                pass  # over, unless the sink was given something meanwhile
-            finally:
-                self._limit = None
-        return self._handed_out(self._at_hand())
+        while True:
+            events = self._at_hand()
+            until = self._told_at + timeout_s  # moves on while the sink is given something
+            if events or self._end is not None or self.is_stopped or self._clock() >= until:
+                return self._handed_out(events)
+            if events := await self._look_or_wait(until):
+                return self._handed_out(events)
 
     def _handed_out(self, events: list[Followed]) -> list[Followed]:
         if self._end is None:
@@ -170,23 +165,32 @@ class Follower:
                 events.append(tokens)
         return events
 
-    async def _look_or_wait(self) -> list[Followed]:
+    async def _look_or_wait(self, until: float) -> list[Followed]:
         """What is new after a look at the log, a question for the job's place, or a wait; perhaps nothing."""
         now = self._clock()
         if self._must_look or now >= self._look_at:
-            return await self._look()
+            return await self._cut_off(until, self._look)
         if self._asks_place and self._is_waiting and now >= self._ask_at:
-            return await self._ask_place()
-        until = min(self._look_at, self._ask_at) if self._asks_place and self._is_waiting else self._look_at
+            return await self._cut_off(until, self._ask_place)
+        ask_at = self._ask_at if self._asks_place and self._is_waiting else math.inf
         loop = asyncio.get_running_loop()
         self._parked = loop.create_future()
-        timer = loop.call_at(until, self._wake)
+        timer = loop.call_at(min(until, self._look_at, ask_at), self._wake)
         try:
             await self._parked
         finally:
             self._parked = None
             timer.cancel()
         return []
+
+    async def _cut_off(self, until: float, ask: Callable[[], Awaitable[list[Followed]]]) -> list[Followed]:
+        try:
+            async with asyncio.timeout_at(until) as self._limit:
+                return await ask()
+        except TimeoutError:
+            return []
+        finally:
+            self._limit = None
 
     # ------------------------------------------------------------------------------------------ the log
 

@@ -1,22 +1,22 @@
 """Finished jobs and the usage ledger in SQL: metadata only, no prompt and no answer.
 
 Decides what is kept of a finished job and that a job counts once, however often and by however many replicas it is saved.
-Leaves to app.py to carry jobs here from the queue's outbox.
+Leaves to upkeep.py to carry jobs here from the queue's outbox.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Date, Float, Index, Integer, String, Table, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mixtral_server.database import METADATA, Database
+from mixtral_server.records import FinishedJob
 
 FINISHED_JOBS = Table(
     "finished_jobs",
@@ -47,26 +47,8 @@ USAGE = Table(
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
 )
+EPOCH, DAY_S = date(1970, 1, 1), 86_400
 _COUNTS = ("jobs", "prompt_tokens", "completion_tokens")
-
-
-@dataclass(frozen=True)
-class FinishedJob:
-    """Times in unix seconds by Redis's clock; queue_s and first_token_s count from created_s."""
-
-    id: str
-    endpoint: str
-    owner: str
-    state: str
-    finish: str | None
-    error_code: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    attempts: int
-    created_s: float
-    finished_s: float
-    queue_s: float | None = None
-    first_token_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,17 +64,21 @@ class DayOfUsage:
 class History:
     def __init__(self, database: Database) -> None:
         self._database = database
+        insert = (sqlite if database.is_sqlite else postgresql).insert  # both have ON CONFLICT, which SQLAlchemy keeps in their dialects
+        self._keep = insert(FINISHED_JOBS).on_conflict_do_nothing().returning(FINISHED_JOBS.c.id)
+        usage = insert(USAGE)
+        sums = {name: USAGE.c[name] + usage.excluded[name] for name in _COUNTS}
+        self._count = usage.on_conflict_do_update(index_elements=["day", "owner", "endpoint"], set_=sums)
 
     async def save(self, jobs: Sequence[FinishedJob]) -> int:
         """Keep them and add them to the ledger, in one transaction. Returns how many were new; the others change nothing."""
         if not jobs:
             return 0
         async with self._database.writing() as connection:
-            rows = [vars(job) for job in jobs]
-            query = self._insert(FINISHED_JOBS).on_conflict_do_nothing().returning(FINISHED_JOBS.c.id)
-            new = set((await connection.execute(query, rows)).scalars())
+            new = set((await connection.execute(self._keep, [job._asdict() for job in jobs])).scalars())
             first_of = {job.id: job for job in jobs if job.id in new}
-            await self._add_usage(connection, list(first_of.values()))
+            if first_of:
+                await connection.execute(self._count, _usage_of(first_of.values()))
         return len(first_of)
 
     async def usage(self, owner: str | None = None) -> list[DayOfUsage]:
@@ -113,17 +99,15 @@ class History:
         async with self._database.writing() as connection:
             return (await connection.execute(delete(FINISHED_JOBS).where(FINISHED_JOBS.c.finished_s < finished_s))).rowcount
 
-    async def _add_usage(self, connection: AsyncConnection, jobs: Sequence[FinishedJob]) -> None:
-        sums: dict[tuple[date, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-        for job in jobs:
-            total = sums[datetime.fromtimestamp(job.finished_s, UTC).date(), job.owner, job.endpoint]
-            for index, count in enumerate((1, job.prompt_tokens, job.completion_tokens)):
-                total[index] += count
-        for (day, owner, endpoint), counts in sorted(sums.items()):
-            query = self._insert(USAGE).values(day=day, owner=owner, endpoint=endpoint, **dict(zip(_COUNTS, counts, strict=True)))
-            added = {name: USAGE.c[name] + query.excluded[name] for name in _COUNTS}
-            await connection.execute(query.on_conflict_do_update(index_elements=["day", "owner", "endpoint"], set_=added))
 
-    def _insert(self, table: Table) -> Any:
-        """INSERT with ON CONFLICT, which both databases have and SQLAlchemy keeps in their dialects."""
-        return (sqlite if self._database.is_sqlite else postgresql).insert(table)
+def _usage_of(jobs: Iterable[FinishedJob]) -> list[dict[str, Any]]:
+    """What they add to each row of the ledger."""
+    sums: dict[tuple[int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for job in jobs:
+        total = sums[int(job.finished_s // DAY_S), job.owner, job.endpoint]
+        for index, count in enumerate((1, job.prompt_tokens, job.completion_tokens)):
+            total[index] += count
+    return [
+        {"day": EPOCH + timedelta(days), "owner": owner, "endpoint": endpoint, **dict(zip(_COUNTS, counts, strict=True))}
+        for (days, owner, endpoint), counts in sorted(sums.items())
+    ]

@@ -8,9 +8,10 @@ ids begin with the same words, so any replica finds the keys from an id alone. T
 from __future__ import annotations
 
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Literal
+
+from mixtral_server.entropy import token_hex
 
 SHARD = 0
 """Every endpoint has one shard; ids carry its number so that more can come."""
@@ -113,7 +114,7 @@ class Shard:
 
     def new_id(self) -> str:
         """Id of a new job or session: 128 random bits after the shard's name."""
-        return f"{self.name}-{secrets.token_hex(16)}"
+        return f"{self.name}-{token_hex(16)}"
 
 
 def shard_of(text: str) -> Shard | None:

@@ -179,6 +179,7 @@ class Metrics:
         self.request_seconds = Histogram(
             "mixtral_http_request_seconds", "from a request's head to the end of its answer", ["route"], buckets=_SECONDS, registry=registry
         )
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.open_streams = Gauge("mixtral_open_streams", "event streams open now", ["wire"], registry=registry)
         self.first_token_seconds = Histogram(
             "mixtral_first_token_seconds", "from an OpenAI call to its first token", ["endpoint"], buckets=_SECONDS, registry=registry
@@ -197,6 +198,15 @@ class Metrics:
         self.ledger_saved = Counter("mixtral_ledger_saved", "finished jobs saved to the database by this replica", registry=registry)
         self.upkeep_failures = Counter("mixtral_upkeep_failures", "rounds of a background task that failed", ["task"], registry=registry)
         self.redis_up = Gauge("mixtral_redis_up", "1 when Redis answered this scrape", registry=of_this_scrape)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request, in so many seconds. The two series that it counts in are looked up once: there is one for each answer of a route."""
+        series = self._series.get((method, route, status))
+        if series is None:
+            series = self.requests.labels(method, route, str(status)), self.request_seconds.labels(route)
+            self._series[method, route, status] = series
+        series[0].inc()
+        series[1].observe(seconds)
 
     def numbers(self) -> bytes:
         """What this process counted, for another one of its machine to show."""

@@ -10,11 +10,11 @@ import logging
 import re
 from collections.abc import Collection
 
-from mixtral_client.protocol import Frame, TurnAnswer, TurnRequest
+from mixtral_client.protocol import Frame, TurnRequest
 from mixtral_server.errors import SessionLapsed
 from mixtral_server.keys import shard_of
 from mixtral_server.metrics import Metrics
-from mixtral_server.records import MAX_FRAME_TEXT_BYTES, MAX_TOKEN_TEXT_BYTES
+from mixtral_server.records import MAX_FRAME_TEXT_BYTES, MAX_TOKEN_TEXT_BYTES, Turned
 from mixtral_server.redis_nodes import AnyRedis
 from mixtral_server.scripts import LIFE, Scripts
 
@@ -38,7 +38,7 @@ class Offences:
         found = _SESSION.search(raw)
         await self._note(found[1].decode() if found else "", key_id, ["unreadable"], [])
 
-    async def judge(self, wanted: TurnRequest, answer: TurnAnswer, raw_bytes: int, key_id: str) -> None:
+    async def judge(self, wanted: TurnRequest, answer: Turned, raw_bytes: int, key_id: str) -> None:
         """What was wrong with a turn that was taken: each kind counts once. Raises SessionLapsed when the session was cut for it."""
         kinds = ["offset_beyond"] if answer.expect else []
         if raw_bytes > MAX_FRAME_TEXT_BYTES + USUAL_FRAME_BYTES * len(wanted.frames) and any(map(is_too_long, wanted.frames)):

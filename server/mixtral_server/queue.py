@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from mixtral_server.records import (
     estimate_of,
     eta_errors_of,
     finished_job_of,
+    leased_job_of,
     live_worker_of,
     news_of_turn,
     packed,
@@ -50,7 +51,6 @@ from mixtral_server.records import (
     place_of,
     snapshot_of,
     telemetry_json,
-    worker_job_of,
 )
 from mixtral_server.redis_client import RedisClient, redis_answers
 from mixtral_server.redis_nodes import AnyRedis
@@ -286,7 +286,7 @@ class JobQueue:
         _, jobs, drops, expects, drain, fill_ms, marks, others = reply
         return Turned(
             turn=request.turn,
-            jobs=[worker_job_of(*job) for job in jobs],
+            jobs=[leased_job_of(*job) for job in jobs],
             drops=[Drop(job=job, attempt=int(attempt)) for job, attempt in drops],
             expect=[Expect(job=job, offset=offset) for job, offset in expects],
             drain=bool(drain),
@@ -313,13 +313,13 @@ class JobQueue:
         lapsed, requeued, dead, expired, gap_ms, more = reply
         return Reaped(lapsed, requeued, dead, expired, gap_ms / 1000, bool(more))
 
-    async def usage_batch(self, endpoint: str, limit: int = 500) -> list[FinishedJob]:
-        """The oldest jobs of the outbox. Several replicas may get the same rows: job_id tells them apart."""
+    async def usage_batch(self, endpoint: str, limit: int = 500) -> dict[str, FinishedJob]:
+        """The oldest jobs of the outbox by the id that acknowledges them. Several replicas may get the same."""
         with redis_answers():
             rows: Any = await self._at(self._shard(endpoint)).xrange(self._shard(endpoint).key("usage"), count=limit)
-        return [finished_job_of(endpoint, entry_id, row) for entry_id, row in rows]
+        return {entry_id: finished_job_of(endpoint, row) for entry_id, row in rows}
 
-    async def usage_ack(self, endpoint: str, entry_ids: Sequence[str]) -> None:
+    async def usage_ack(self, endpoint: str, entry_ids: Collection[str]) -> None:
         """Forget rows of the outbox that are saved."""
         if entry_ids:
             with redis_answers():

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import orjson
-from pydantic import BaseModel, Field, SkipValidation
+from pydantic import BaseModel
 
 from mixtral_client.protocol import (
     CALLER_ERRORS,
+    Drop,
     ErrorDetail,
+    Expect,
     Finish,
     Frame,
     FrameError,
     JobSpec,
     JobState,
     Timings,
-    TurnAnswer,
     Usage,
-    WorkerJob,
 )
 from mixtral_server.rates import Allowance, Rate
 
@@ -151,12 +151,50 @@ class Snapshot:
         return [token for entry in self.entries for token in entry.ids]
 
 
-class Turned(TurnAnswer):
-    """What a worker is answered. Not for it: again_s, where a whole batch is filling and the turn is to be asked again after so long; and
-    news for followers."""
+@dataclass(frozen=True)
+class LeasedJob:
+    """The protocol's WorkerJob, its request as JSON, the way it was put: nothing here asks what is in it."""
 
-    again_s: float | None = Field(None, exclude=True)
-    news: SkipValidation[list[News]] = Field(default_factory=list, exclude=True)
+    id: str
+    attempt: int
+    spec_json: str
+    produced_ids: Sequence[int]
+    sent_bytes: int
+    suspect: bool
+    priority: int
+
+    @property
+    def spec(self) -> JobSpec:
+        return JobSpec.model_validate_json(self.spec_json)
+
+    def wire(self) -> dict[str, Any]:
+        facts = {name: value for name, value in vars(self).items() if name != "spec_json"}
+        return facts | {"spec": orjson.Fragment(self.spec_json)}
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The protocol's TurnAnswer, and what is not for the worker: again_s, where a whole batch is filling and the turn is to be asked again
+    after so long; and news for followers."""
+
+    turn: int
+    jobs: Sequence[LeasedJob] = ()
+    drops: Sequence[Drop] = ()
+    expect: Sequence[Expect] = ()
+    drain: bool = False
+    again_s: float | None = None
+    news: Sequence[News] = ()
+
+    def body(self) -> bytes:
+        return orjson.dumps(
+            {
+                "turn": self.turn,
+                "jobs": [one.wire() for one in self.jobs],
+                "drops": [one.model_dump() for one in self.drops],
+                "expect": [one.model_dump() for one in self.expect],
+                "drain": self.drain,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -171,24 +209,23 @@ class Reaped:
     more: bool = False
 
 
-@dataclass(frozen=True)
-class FinishedJob:
-    """One row of the usage outbox: a job that ended, whatever its end. entry_id acknowledges it; job_id is unique."""
+class FinishedJob(NamedTuple):
+    """A job that ended, whatever its end: metadata alone. Times in unix seconds by Redis's clock; queue_s and first_token_s count from
+    created_s. id is unique: a job that was brought back from the dead and ended again has another."""
 
-    entry_id: str
-    job_id: str
+    id: str
     endpoint: str
     owner: str
-    title: str
-    state: JobState
-    finish: Finish
+    state: str
+    finish: str | None
     error_code: str | None
     prompt_tokens: int
     completion_tokens: int
     attempts: int
-    created: float  # unix seconds, Redis's clock
-    ended: float
-    timings: Timings
+    created_s: float
+    finished_s: float
+    queue_s: float | None = None
+    first_token_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -345,27 +382,31 @@ def _usage(prompt_tokens: str | int | None, n: str | int | None, dropped: str | 
 
 
 def _timings(created: str | int | None, started: str | int | None, first: str | int | None, ended: str | int | None) -> Timings:
-    since = int(created or 0)
-    queue_s, first_token_s, total_s = ((int(at) - since) / 1000 if at else None for at in (started, first, ended))
+    queue_s, first_token_s, total_s = _spans(created, started, first, ended)
     return Timings(queue_s=queue_s, first_token_s=first_token_s, total_s=total_s)
 
 
-def finished_job_of(endpoint: str, entry_id: str, row: Mapping[str, str]) -> FinishedJob:
+def _spans(created: str | int | None, *times: str | int | None) -> list[float | None]:
+    since = int(created or 0)
+    return [(int(at) - since) / 1000 if at else None for at in times]
+
+
+def finished_job_of(endpoint: str, row: Mapping[str, str]) -> FinishedJob:
+    queue_s, first_token_s, _ = _spans(row["created"], row["started"], row["first"], None)
     return FinishedJob(
-        entry_id=entry_id,
-        job_id=row["job"],
+        id=row["job"],
         endpoint=endpoint,
         owner=row["owner"],
-        title=row["title"],
-        state=row["state"],  # type: ignore[arg-type]
-        finish=row["finish"],  # type: ignore[arg-type]
+        state=row["state"],
+        finish=row["finish"],
         error_code=row["error"] or None,
         prompt_tokens=int(row["prompt_tokens"]),
         completion_tokens=int(row["n"]),
         attempts=int(row["attempt"]),
-        created=seconds_of(row["created"]),
-        ended=seconds_of(row["ended"]),
-        timings=_timings(row["created"], row["started"], row["first"], row["ended"]),
+        created_s=seconds_of(row["created"]),
+        finished_s=seconds_of(row["ended"]),
+        queue_s=queue_s,
+        first_token_s=first_token_s,
     )
 
 
@@ -391,11 +432,11 @@ def live_worker_of(endpoint: str, session: str, lease_left_ms: int, running: int
     )
 
 
-def worker_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, level: str, produced: Sequence[str]) -> WorkerJob:
-    return WorkerJob(
+def leased_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, level: str, produced: Sequence[str]) -> LeasedJob:
+    return LeasedJob(
         id=job_id,
         attempt=int(attempt),
-        spec=JobSpec.model_validate_json(spec),
+        spec_json=spec,
         produced_ids=[token for ids in produced for token in orjson.loads(ids)],
         sent_bytes=int(sent_bytes),
         suspect=int(deaths) >= 2,

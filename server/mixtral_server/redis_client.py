@@ -105,36 +105,41 @@ class _Pulse:
         """lost: called when it is found to be away."""
         self.is_away = False
         self._lost = lost
-        self._ticks = 0
+        self.ticks = 0
         self._heard = 0
-        self._open: dict[asyncio.Timeout, int] = {}
+        self._open: dict[asyncio.Timeout | asyncio.Future[Any], int] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def limit(self) -> asyncio.Timeout:
-        """`async with pulse.limit():` around a call. Raises TimeoutError out of it."""
-        timeout = asyncio.timeout(None)
-        self._open[timeout] = self._ticks
+    def watch(self, call: asyncio.Timeout | asyncio.Future[Any], began: int) -> None:
+        """Until done(). Its time over, a timeout ends what stands in it, and an answer awaited is a redis.TimeoutError. began: in ticks."""
+        self._open[call] = began
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-        return timeout
 
-    def done(self, timeout: asyncio.Timeout, is_heard: bool) -> None:
-        self._open.pop(timeout, None)
+    def done(self, call: asyncio.Timeout | asyncio.Future[Any], is_heard: bool) -> None:
+        self._open.pop(call, None)
         if is_heard:
-            self._heard = self._ticks
+            self._heard = self.ticks
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._ticks += 1
-        for timeout, began in list(self._open.items()):
-            if (self._ticks - began) * TICK_S <= CALL_S:
-                break  # the others began later
-            del self._open[timeout]
-            timeout.reschedule(loop.time())
+        self.ticks += 1
+        for call, began in list(self._open.items()):
+            if (self.ticks - began) * TICK_S <= CALL_S:
+                continue
+            del self._open[call]
+            if isinstance(call, asyncio.Timeout):
+                call.reschedule(loop.time())
+            elif not call.done():
+                call.set_exception(_too_late())
             if self._heard <= began and not self.is_away:
                 self.is_away = True
                 self._lost()
         self._timer = loop.call_later(TICK_S, self._tick) if self._open else None
+
+
+def _too_late() -> redis_errors.TimeoutError:
+    return redis_errors.TimeoutError(f"no answer within {CALL_S:g} s")
 
 
 # ---------------------------------------------------------------------------------------------- connections
@@ -285,14 +290,39 @@ class RedisClient(Redis):
         """Raises redis.TimeoutError after CALL_S, and redis.ConnectionError at once while this Redis is known to be away."""
         if self._pulse.is_away:
             raise redis_errors.ConnectionError("it has not answered, and is asked until it does")
-        timeout, is_heard = self._pulse.limit(), False
+        return await self._in_time(self._pulse.ticks, *args, **options)
+
+    async def run_script(self, *words: Any) -> Any:
+        """execute_command() for EVALSHA, which nearly always finds its connection standing and its node where it was."""
+        answer = None if self._pulse.is_away else self._line.asked(*words)
+        if answer is None:
+            return await self.execute_command(*words)
+        began, is_heard = self._pulse.ticks, False
+        self._pulse.watch(answer, began)
+        try:
+            reply = await answer
+            is_heard = True
+            return reply
+        except redis_errors.ConnectionError:
+            pass
+        except redis_errors.ResponseError as error:
+            is_heard = True
+            if not _is_elsewhere(error):
+                raise
+        finally:
+            self._pulse.done(answer, is_heard)
+        return await self._in_time(began, *words)
+
+    async def _in_time(self, began: int, *args: Any, **options: Any) -> Any:
+        timeout, is_heard = asyncio.timeout(None), False
+        self._pulse.watch(timeout, began)
         try:
             async with timeout:
                 answer = await self._follow(*args, **options)
             is_heard = True
             return answer
         except TimeoutError as error:
-            raise redis_errors.TimeoutError(f"no answer within {CALL_S:g} s") from error
+            raise _too_late() from error
         except redis_errors.ResponseError:
             is_heard = True
             raise

@@ -97,17 +97,16 @@ class Line:
         self._wire: _Wire | None = None
         self._connecting = asyncio.Lock()
 
+    def asked(self, *words: Any) -> Answer | None:
+        """Redis's answer, to come, where the connection stands; a ConnectionError then says that it broke."""
+        return self._wire.ask(hiredis.pack_command(words)) if self._wire is not None and self._wire.is_good else None
+
     async def ask(self, *words: Any) -> Any:
         """Redis's answer. Sent again when the connection breaks: only what may run twice belongs here. Raises redis.RedisError."""
         command = hiredis.pack_command(words)
-        if self._wire is not None and self._wire.is_good:
-            try:
-                return await self._wire.ask(command)
-            except redis_errors.ConnectionError:
-                pass
-        return await self._retry.call_with_retry(lambda: self._ask_again(command), _no_matter)
+        return await self._retry.call_with_retry(lambda: self._ask_once(command), _no_matter)
 
-    async def _ask_again(self, command: bytes) -> Any:
+    async def _ask_once(self, command: bytes) -> Any:
         async with self._connecting:
             wire = self._wire
             if wire is None or not wire.is_good:

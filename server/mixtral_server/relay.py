@@ -100,6 +100,7 @@ class Relay:
         try:
             yield follower
         finally:
+            follower.sink = None  # it knows its reader, and the reader knows it: they would wait for the garbage collector
             of_job = self._followers[job_id]
             of_job.discard(follower)
             if not of_job:

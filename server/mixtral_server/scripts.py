@@ -38,10 +38,10 @@ class Scripts:
         redis = self._redis.at(shard.tag)
         with redis_answers():
             try:
-                return await redis.execute_command("EVALSHA", self._hashes[name], 1, shard.tag, *args)
+                return await redis.run_script("EVALSHA", self._hashes[name], 1, shard.tag, *args)
             except redis_errors.NoScriptError:  # a Redis that was started anew, or took over
                 await redis.script_load(self._texts[name])
-                return await redis.execute_command("EVALSHA", self._hashes[name], 1, shard.tag, *args)
+                return await redis.run_script("EVALSHA", self._hashes[name], 1, shard.tag, *args)
 
 
 def _text(files: Sequence[str]) -> str:

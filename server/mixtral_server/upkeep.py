@@ -15,7 +15,7 @@ from mixtral_server.answers import word
 from mixtral_server.auth import KeyRing
 from mixtral_server.database import DatabaseError
 from mixtral_server.errors import ServiceError
-from mixtral_server.history import FinishedJob, History
+from mixtral_server.history import History
 from mixtral_server.metrics import Metrics
 from mixtral_server.routes.service import Service
 
@@ -79,28 +79,9 @@ async def reap(service: Service, endpoint: str) -> None:
 
 async def save_history(service: Service, history: History, endpoint: str) -> None:
     """Carry finished jobs from the queue's outbox to the database, and only then take them out of the outbox."""
-    while rows := await service.queue.usage_batch(endpoint):
-        saved = await history.save(
-            [
-                FinishedJob(
-                    id=row.job_id,
-                    endpoint=row.endpoint,
-                    owner=row.owner,
-                    state=row.state,
-                    finish=row.finish,
-                    error_code=row.error_code,
-                    prompt_tokens=row.prompt_tokens,
-                    completion_tokens=row.completion_tokens,
-                    attempts=row.attempts,
-                    created_s=row.created,
-                    finished_s=row.ended,
-                    queue_s=row.timings.queue_s,
-                    first_token_s=row.timings.first_token_s,
-                )
-                for row in rows
-            ]
-        )
-        await service.queue.usage_ack(endpoint, [row.entry_id for row in rows])
+    while batch := await service.queue.usage_batch(endpoint):
+        saved = await history.save(list(batch.values()))
+        await service.queue.usage_ack(endpoint, batch.keys())
         service.metrics.ledger_saved.inc(saved)
 
 

@@ -152,7 +152,7 @@ async def test_job_that_was_given_up_starts_anew_when_it_is_retried(bench: Bench
     [job] = await worker.take()
     await worker.post(job, "xy", tokens=2, ending="stop")
     assert ((await bench.queue.read(job_id)).text, await bench.state(job_id)) == ("xy", "done")
-    assert sum(row.completion_tokens for row in await bench.queue.usage_batch(ENDPOINT)) == 3
+    assert sum(row.completion_tokens for row in (await bench.queue.usage_batch(ENDPOINT)).values()) == 3
 
 
 async def test_poll_whose_connection_is_gone_gives_its_jobs_back_without_a_death(bench: Bench, aime: AimeQueue) -> None:

@@ -102,8 +102,8 @@ async def test_ledger_counts_each_token_of_a_retried_job_once(bench: Bench, dead
     worker = await bench.worker()
     (job,) = await worker.take()
     await worker.turn(frame(job, 4, "de", finish="stop", prompt_tokens=3))
-    rows = await bench.queue.usage_batch(ENDPOINT)
-    assert [(row.job_id, row.state, row.prompt_tokens, row.completion_tokens) for row in rows] == [
+    rows = (await bench.queue.usage_batch(ENDPOINT)).values()
+    assert [(row.id, row.state, row.prompt_tokens, row.completion_tokens) for row in rows] == [
         (job_id, "dead", 3, 3),
         (f"{job_id}~1", "done", 0, 2),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -47,7 +46,7 @@ async def test_ledger_adds_up_by_day_owner_and_endpoint(history: History) -> Non
     days = [NOON, NOON, NOON + 86_400, NOON]
     owners = ["u1", "u1", "u1", "u2"]
     await history.save(
-        [replace(JOB, id=str(n), finished_s=day, owner=owner) for n, (day, owner) in enumerate(zip(days, owners, strict=True))]
+        [JOB._replace(id=str(n), finished_s=day, owner=owner) for n, (day, owner) in enumerate(zip(days, owners, strict=True))]
     )
     first = date.fromtimestamp(NOON)
     rows = [
@@ -60,19 +59,19 @@ async def test_ledger_adds_up_by_day_owner_and_endpoint(history: History) -> Non
 
 async def test_job_saved_again_counts_once(history: History) -> None:
     assert await history.save([JOB]) == 1
-    assert await history.save([JOB, replace(JOB, id="new"), JOB]) == 1
+    assert await history.save([JOB, JOB._replace(id="new"), JOB]) == 1
     assert [row.jobs for row in await history.usage()] == [2]
 
 
 async def test_jobs_saved_by_two_servers_at_once_count_once(database: Database) -> None:
-    jobs = [replace(JOB, id=str(n)) for n in range(300)]
+    jobs = [JOB._replace(id=str(n)) for n in range(300)]
     saved = await asyncio.gather(*(History(database).save(jobs) for _ in range(4)))
     assert sum(saved) == 300
     assert [row.jobs for row in await History(database).usage()] == [300]
 
 
 async def test_old_jobs_are_forgotten_and_their_sums_stay(history: History) -> None:
-    await history.save([JOB, replace(JOB, id="young", finished_s=NOON + 1)])
+    await history.save([JOB, JOB._replace(id="young", finished_s=NOON + 1)])
     assert await history.forget_before(NOON + 0.5) == 1
     assert await history.job(JOB.id) is None
     assert await history.job("young") is not None

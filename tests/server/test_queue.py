@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
-from mixtral_client.protocol import CALLER_ERRORS, ChatMessage, FrameError, JobSpec, TurnRequest, Usage
+from mixtral_client.protocol import CALLER_ERRORS, ChatMessage, Drop, Expect, FrameError, JobSpec, TurnAnswer, TurnRequest, Usage, WorkerJob
 from mixtral_server.dead import DeadLetters
 from mixtral_server.errors import (
     IdempotencyConflict,
@@ -24,7 +24,7 @@ from mixtral_server.errors import (
 from mixtral_server.keys import KEYS, Shard, key_kind
 from mixtral_server.queue import FORMAT, JobQueue, QueueLimits
 from mixtral_server.rates import Rate
-from mixtral_server.records import Put
+from mixtral_server.records import LeasedJob, Put, Turned
 from support.queue_bench import ENDPOINT, Bench, frame
 from support.redis import RedisProcess, connect, redis_binary
 
@@ -209,8 +209,8 @@ async def test_unsaved_usage_stops_admission_at_its_bound(redis: Redis) -> None:
         await bench.queue.cancel(await bench.put())
     with pytest.raises(Unavailable, match="2 finished jobs of mixtral_chat are not yet in the ledger, 2 at most"):
         await bench.put()
-    rows = await bench.queue.usage_batch(ENDPOINT)
-    await bench.queue.usage_ack(ENDPOINT, [rows[0].entry_id])
+    first, _ = await bench.queue.usage_batch(ENDPOINT)
+    await bench.queue.usage_ack(ENDPOINT, [first])
     assert await bench.put()
 
 
@@ -500,9 +500,33 @@ async def test_a_repeat_of_the_last_turn_gets_the_same_answer(bench: Bench) -> N
     first = await worker.turn(*frames, room=5, lose_answer=True)
     await bench.put()
     repeat = await worker.turn(*frames, room=5, number=worker.number)
-    assert repeat.model_dump() == first.model_dump()
+    assert repeat.body() == first.body()
     assert len(repeat.jobs) == 2
     assert (await bench.queue.depth(ENDPOINT)).running == 4
+
+
+async def test_what_a_worker_reads_of_a_turn_is_what_the_turn_found(bench: Bench) -> None:
+    """The server writes a request into the answer as it was put, without a look at it."""
+    spec = JobSpec(messages=[ChatMessage(role="user", content='"\u2028é')], max_tokens=9, seed=5, stop=["a", "\\"], top_logprobs=2)
+    job_id = (await bench.queue.put(ENDPOINT, "ann", spec, priority=3)).job_id
+    worker = await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "ab"))
+    await bench.queue.close_session(worker.session, worker.key)
+    found = await (await bench.worker()).turn(room=1)
+    assert TurnAnswer.model_validate_json(found.body()) == TurnAnswer(
+        turn=found.turn, jobs=[WorkerJob(id=job_id, attempt=2, spec=spec, produced_ids=[97, 98], sent_bytes=2, priority=3)]
+    )
+    said = Turned(
+        7, [LeasedJob("j", 1, '{"max_tokens":1,"seed":2}', [], 0, True, 0)], [Drop(job="d", attempt=1)], [Expect(job="e", offset=3)], True
+    )
+    assert TurnAnswer.model_validate_json(said.body()) == TurnAnswer(
+        turn=7,
+        jobs=[WorkerJob(id="j", attempt=1, spec=JobSpec(max_tokens=1, seed=2), suspect=True)],
+        drops=[Drop(job="d", attempt=1)],
+        expect=[Expect(job="e", offset=3)],
+        drain=True,
+    )
 
 
 async def test_a_turn_that_waits_for_work_may_lease_under_the_same_number(bench: Bench) -> None:
@@ -519,7 +543,7 @@ async def test_a_turn_that_was_overtaken_changes_nothing(bench: Bench) -> None:
     await bench.put()
     late = TurnRequest(session=worker.session, turn=1, frames=[frame(job, 3, "zz")], room=5)
     answer = await bench.queue.turn(late, worker.key)
-    assert (answer.jobs, answer.drops, answer.expect) == ([], [], [])
+    assert answer == Turned(turn=1)
     assert (await bench.queue.read(job_id)).text == "ab"
     assert (await bench.queue.depth(ENDPOINT)).running == 1
 
@@ -834,7 +858,7 @@ async def test_dead_letters_are_bounded(redis: Redis) -> None:
 
 
 async def test_every_ended_job_leaves_one_row_for_the_ledger(bench: Bench) -> None:
-    done, failed, cancelled, expired = [await bench.put(title=f"job {n}", queue_timeout_s=60) for n in range(4)]
+    done, failed, cancelled, expired = [await bench.put(queue_timeout_s=60) for _ in range(4)]
     worker = await bench.worker()
     first, second = await worker.take(2)
     await worker.turn(
@@ -844,12 +868,13 @@ async def test_every_ended_job_leaves_one_row_for_the_ledger(bench: Bench) -> No
     await bench.queue.reap(ENDPOINT)
     await pass_deadline(bench, expired)
     await bench.queue.reap(ENDPOINT)
-    rows = await bench.queue.usage_batch(ENDPOINT)
-    assert [(row.job_id, row.state, row.finish, row.error_code, row.title) for row in rows] == [
-        (done, "done", "stop", None, "job 0"),
-        (failed, "failed", "error", "worker_error", "job 1"),
-        (cancelled, "cancelled", "cancelled", None, "job 2"),
-        (expired, "expired", "expired", None, "job 3"),
+    batch = await bench.queue.usage_batch(ENDPOINT)
+    rows = list(batch.values())
+    assert [(row.id, row.state, row.finish, row.error_code) for row in rows] == [
+        (done, "done", "stop", None),
+        (failed, "failed", "error", "worker_error"),
+        (cancelled, "cancelled", "cancelled", None),
+        (expired, "expired", "expired", None),
     ]
     assert (rows[0].owner, rows[0].endpoint, rows[0].prompt_tokens, rows[0].completion_tokens, rows[0].attempts) == (
         "ann",
@@ -858,13 +883,13 @@ async def test_every_ended_job_leaves_one_row_for_the_ledger(bench: Bench) -> No
         2,
         1,
     )
-    assert rows[0].created <= rows[0].ended
-    assert rows[0].timings.first_token_s is not None
-    assert rows[2].timings.queue_s is None
-    assert [row.job_id for row in await bench.queue.usage_batch(ENDPOINT, limit=2)] == [done, failed]
-    await bench.queue.usage_ack(ENDPOINT, [row.entry_id for row in rows[:3]])
+    assert rows[0].created_s <= rows[0].finished_s
+    assert rows[0].first_token_s is not None
+    assert rows[2].queue_s is None
+    assert [row.id for row in (await bench.queue.usage_batch(ENDPOINT, limit=2)).values()] == [done, failed]
+    await bench.queue.usage_ack(ENDPOINT, list(batch)[:3])
     await bench.queue.usage_ack(ENDPOINT, [])
-    assert [row.job_id for row in await bench.queue.usage_batch(ENDPOINT)] == [expired]
+    assert [row.id for row in (await bench.queue.usage_batch(ENDPOINT)).values()] == [expired]
 
 
 async def test_depth_counts_what_is_there(bench: Bench) -> None:

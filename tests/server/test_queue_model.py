@@ -353,7 +353,7 @@ class QueueMachine(RuleBasedStateMachine):
         for job in self.jobs.values():
             self.run(self.queue.cancel(job.id))
         rows = self.run(self.queue.usage_batch(ENDPOINT))
-        assert sorted(row.job_id for row in rows) == sorted(self.jobs)
+        assert sorted(row.id for row in rows.values()) == sorted(self.jobs)
         for key in self.run(self.redis.keys()):
             kind = key_kind(key)
             assert kind is not None

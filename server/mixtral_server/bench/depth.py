@@ -9,15 +9,16 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from mixtral_client.protocol import ChatMessage, Frame, JobSpec, SessionRequest, TurnRequest, WorkerJob
+from mixtral_client.protocol import ChatMessage, Frame, JobSpec, SessionRequest, TurnRequest
 from mixtral_server.bench.house import ENDPOINT, MOST_WAITING, open_redis
 from mixtral_server.bench.measures import Row, Say, in_child, percentile
 from mixtral_server.queue import JobQueue, QueueLimits
+from mixtral_server.records import LeasedJob
 from mixtral_server.redis_nodes import open_url
 
 USERS = 1000
@@ -129,7 +130,7 @@ async def finished(say: Say, *, chats: int, tokens: int) -> list[Row]:
                 empty = await used_memory(redis)
                 await _finish(queue, chats, tokens, per_frame)
                 while batch := await queue.usage_batch(ENDPOINT):
-                    await queue.usage_ack(ENDPOINT, [one.entry_id for one in batch])
+                    await queue.usage_ack(ENDPOINT, batch)
                 memory = await used_memory(redis) - empty
         rows.append({"tokens": tokens, "tokens_per_frame": per_frame, "redis_bytes_per_finished_chat": round(memory / chats)})
     return rows
@@ -140,7 +141,7 @@ async def _finish(queue: JobQueue, chats: int, tokens: int, per_frame: int) -> N
     for number in range(chats):
         await queue.put(ENDPOINT, f"user-{number % USERS}", SPEC)
     turn, left = 0, chats
-    jobs: list[WorkerJob] = []
+    jobs: Sequence[LeasedJob] = ()
     while left:
         turn += 1
         holding = [(job.id, job.attempt) for job in jobs]

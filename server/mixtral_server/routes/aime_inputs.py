@@ -18,7 +18,7 @@ from mixtral_server.endpoints import DEFAULT_MAX_GEN_TOKENS, EndpointConfig
 from mixtral_server.errors import RequestRefused
 from mixtral_server.records import JobContent, Parameters
 from mixtral_server.routes.body import refusal
-from mixtral_server.routes.specs import check_roles, default_sampling
+from mixtral_server.routes.specs import check_roles
 
 CREDENTIALS = ("key", "client_session_auth_key")
 WAIT = "wait_for_result"
@@ -75,7 +75,7 @@ def _chat(values: Mapping[str, Any], endpoint: EndpointConfig, new_seed: int) ->
     return JobSpec(
         messages=messages or None,
         prompt=None if messages else prompt,
-        sampling=Sampling(**default_sampling(endpoint) | asked),
+        sampling=Sampling(**endpoint.sampling | asked),
         max_tokens=max(1, min(values.get("max_gen_tokens", _usual_max_gen_tokens(endpoint)), endpoint.max_tokens)),
         seed=new_seed,
     )

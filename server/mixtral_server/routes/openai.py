@@ -25,15 +25,10 @@ import orjson
 from aiohttp import web
 
 from mixtral_client.protocol import (
-    ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     Completion,
-    CompletionChoice,
-    CompletionLogprobs,
     CompletionRequest,
     DoneEvent,
     ErrorDetail,
@@ -143,9 +138,9 @@ class Form(Protocol):
 
     def usage(self, usage: Usage) -> dict[str, Any]: ...
 
-    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> Any: ...
+    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> dict[str, Any]: ...
 
-    def whole(self, choices: Sequence[Any], usage: Usage) -> bytes: ...
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> bytes: ...
 
 
 class ChatForm:
@@ -182,14 +177,13 @@ class ChatForm:
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
 
-    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> ChatChoice:
-        message = ChatMessage(role="assistant", content="".join(texts))
-        chances = None if logprobs is None else ChatLogprobs.model_validate(chat_logprobs(logprobs))
-        return ChatChoice(index=self._index, message=message, finish_reason=finish, logprobs=chances)
+    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(texts)}
+        chances = None if logprobs is None else chat_logprobs(logprobs)
+        return {"index": self._index, "message": message, "finish_reason": finish, "logprobs": chances}
 
-    def whole(self, choices: Sequence[ChatChoice], usage: Usage) -> bytes:
-        head = self._head | {"object": "chat.completion"}
-        return ChatCompletion(**head, choices=choices, usage=usage).model_dump_json().encode()
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> bytes:
+        return orjson.dumps({**self._head, "object": "chat.completion", "choices": choices, "usage": usage.model_dump()})
 
     def _chunk(self, delta: dict[str, str], finish: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {**self._head, "choices": [{"index": self._index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}]}
@@ -225,12 +219,12 @@ class CompletionForm:
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.model_dump()}
 
-    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> CompletionChoice:
-        chances = None if logprobs is None else CompletionLogprobs.model_validate(completion_logprobs(texts, logprobs))
-        return CompletionChoice(index=self._index, text="".join(texts), finish_reason=finish, logprobs=chances)
+    def choice(self, texts: Sequence[str], finish: OpenAIFinish, logprobs: Sequence[str] | None) -> dict[str, Any]:
+        chances = None if logprobs is None else completion_logprobs(texts, logprobs)
+        return {"index": self._index, "text": "".join(texts), "finish_reason": finish, "logprobs": chances}
 
-    def whole(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
-        return Completion(**self._head, choices=choices, usage=usage).model_dump_json().encode()
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> bytes:
+        return orjson.dumps({**self._head, "choices": choices, "usage": usage.model_dump()})
 
     def _chunk(self, text: str, finish: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {**self._head, "choices": [{"index": self._index, "text": text, "finish_reason": finish, "logprobs": logprobs}]}
@@ -278,7 +272,7 @@ class Choice:
     def rewind(self, to: int) -> None:
         del self.texts[to:], self.logprobs[to:]  # one text per offset
 
-    def body(self) -> Any:
+    def body(self) -> dict[str, Any]:
         assert self.done is not None
         chances = self.logprobs if self.logprobs and len(self.logprobs) == len(self.texts) else None
         return self.form.choice(self.texts, cast(OpenAIFinish, self.done.finish), chances)

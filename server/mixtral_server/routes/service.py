@@ -25,7 +25,6 @@ from mixtral_server.errors import (
     NotAllowed,
     RedisUnavailable,
     RequestRefused,
-    ServiceError,
     Unavailable,
 )
 from mixtral_server.metrics import Metrics
@@ -121,8 +120,9 @@ class Service:
             raise NotAllowed(f"jobs of this key may have priority {best} to 9; got {priority}", param="priority")
         jobs = specs if isinstance(specs, Sequence) else [specs]
         running = endpoint.max_running if caller.limits.max_running is None else caller.limits.max_running
-        putting = asyncio.create_task(
-            self.queue.put(
+        ids = job_ids or [self.queue.new_id(endpoint.name) for _ in jobs]
+        try:
+            put = await self.queue.put(
                 endpoint.name,
                 caller.owner,
                 *jobs,
@@ -135,13 +135,12 @@ class Service:
                 idempotency_key=key,
                 body_hash=body_hash,
                 queue_timeout_s=endpoint.queue_timeout_s if queue_timeout_s is None else queue_timeout_s,
-                job_ids=job_ids,
+                job_ids=ids,
             )
-        )
-        try:
-            put = await asyncio.shield(putting)
         except asyncio.CancelledError:
-            self.group.create_task(self._abandon_when_put(putting, is_keyed=key is not None))
+            if key is None:
+                for job_id in ids:  # Redis may have it, or get it yet: what was written to it is not taken back
+                    self.abandon(job_id)
             raise
         except LimitReached as error:
             request[ALLOWANCES] = error.allowances
@@ -155,16 +154,6 @@ class Service:
     def refuse_while_draining(self) -> None:
         if self.stages.draining.is_set():
             raise Unavailable("this server is stopping; ask again and another one answers, or this one when it is back", retry_after_s=2)
-
-    async def _abandon_when_put(self, putting: asyncio.Task[Put], *, is_keyed: bool) -> None:
-        try:
-            put = await putting
-        except ServiceError as error:
-            log.info("event=put_failed_unread code=%s", error.code)
-        else:
-            if not is_keyed:
-                for job_id in put.job_ids:
-                    self.abandon(job_id)
 
     def abandon(self, job_id: str, *, at_once: bool = False) -> None:
         """The client of an OpenAI call is gone, or its call has failed: cancel its job after the grace, at once when the server stops."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 from mixtral_client.protocol import (
     MAX_CHOICES,
@@ -138,7 +138,7 @@ def _spec(
     return JobSpec(
         messages=None if messages is None else list(messages),
         prompt=prompt,
-        sampling=Sampling(**default_sampling(endpoint) | asked),
+        sampling=Sampling(**endpoint.sampling | asked),
         max_tokens=max_tokens,
         min_tokens=wanted.min_tokens or 0,
         stop=wanted.stop,
@@ -150,11 +150,6 @@ def _spec(
         response_format=wanted.response_format if wanted.response_format and wanted.response_format.type != "text" else None,
         truncate=truncate,
     )
-
-
-def default_sampling(endpoint: EndpointConfig) -> dict[str, Any]:
-    """Fields of Sampling as the endpoint would have them."""
-    return {name: getattr(endpoint, name) for name in Sampling.model_fields if hasattr(endpoint, name)}
 
 
 def check_messages(messages: Sequence[ChatMessage], wanted: ChatFields) -> None:

@@ -13,6 +13,7 @@ from mixtral_client.protocol import PROTOCOL_VERSION, Released, SessionAnswer, S
 from mixtral_server.auth import Caller
 from mixtral_server.errors import ModelNotFound, RedisUnavailable, RequestRefused, SessionLapsed, TooManySessions
 from mixtral_server.keys import shard_of
+from mixtral_server.records import Turned
 from mixtral_server.routes.body import model_of, read_body, read_model
 from mixtral_server.routes.operation import Answer, Operation
 from mixtral_server.routes.service import Route, Service
@@ -58,12 +59,12 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
         await service.offences.judge(wanted, answer, len(raw), key_of(caller))
         left_s = until - clock()
         if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
-            return web.json_response(body=answer.model_dump_json().encode())
+            return web.json_response(body=answer.body())
         await _work_or_closing(service, shard.endpoint, min(left_s, service.settings.worker_claim_s, answer.again_s or left_s), seen)
         await service.auth.caller(request, "worker")  # a key revoked while the turn waited gets no more jobs
 
 
-def has_news(wanted: TurnRequest, answer: TurnAnswer) -> bool:
+def has_news(wanted: TurnRequest, answer: Turned) -> bool:
     """Whether worker or server has something to say, so that the turn must not wait."""
     return bool(wanted.frames or wanted.holding or answer.jobs or answer.drops or answer.expect or answer.drain)
 

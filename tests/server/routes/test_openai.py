@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from mixtral_client.protocol import ChatCompletionChunk, Completion, FrameError
 from mixtral_server.endpoints import EndpointConfig
+from mixtral_server.follower import Follower
+from mixtral_server.routes.openai import Choice
 from support.http import PATIENCE_S, state_of, until
 from support.live_server import LiveServer
 from support.redis import RedisProcess, redis_binary
@@ -47,6 +50,19 @@ async def test_openai_package_gets_whole_answer_with_usage(client: openai.AsyncO
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 10, 13)
     assert (answer.model, answer.object) == ("mixtral_chat", "chat.completion")
+
+
+async def test_answered_calls_leave_nothing_to_the_garbage_collector(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            await client.chat.completions.create(**chat("hello"))
+            async for _ in await client.chat.completions.create(**chat("hello"), stream=True):
+                pass
+        await until(lambda: not any(isinstance(one, Follower | Choice) for one in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 async def test_openai_package_streams_one_chunk_per_token_and_usage_last(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
