@@ -197,10 +197,8 @@ def read_streams(target: Target, plan: ReaderPlan) -> ReaderResult:
             raise BenchFailed(f"{left} streams brought nothing for {SILENCE_LIMIT_S:g} s")
         if plan.nap_s:
             time.sleep(plan.nap_s)
-        for key, _ in ready:
-            stream: _Stream = key.data
-            part = stream.connection.recv(1 << 18)
-            now = time.monotonic_ns()
+        received = [(key.data, key.data.connection.recv(1 << 18), time.monotonic_ns()) for key, _ in ready]  # looked at when all are read
+        for stream, part, now in received:
             if result.tokens == result.reads == 0:
                 began = time.monotonic()
             result.reads += 1
