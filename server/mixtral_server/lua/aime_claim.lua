@@ -17,6 +17,7 @@ local function first_open(line, natives)
 end
 
 local function has_open()
+  write_counts()
   local lined = -(call('GET', t .. ':parked') or 0)
   for _, jobs in ipairs(call('HVALS', t .. ':waiting')) do lined = lined + jobs end
   return lined > tonumber(call('HGET', t .. ':closed', 'jobs') or 0)
@@ -25,6 +26,7 @@ end
 -- As next_in_line in claim.lua. A user whose first open job is of a worse level than the user's place waits for that level, and goes first there.
 local function next_open(may_be_suspect)
   if not has_open() then return nil end
+  write_moves()
   local suspect, level_of_suspect
   if may_be_suspect then suspect, level_of_suspect = first_open(t .. ':suspects', t .. ':native_suspects') end
   local later = {}

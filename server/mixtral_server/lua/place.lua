@@ -47,6 +47,7 @@ end
 
 -- How many jobs are served before this one, and of a parked job how many of its key's are parked before it.
 local function ahead_of(job)
+  write_counts()
   local level, ahead, from, to = level_of(job.due), 0, nil, nil
   if call('EXISTS', t .. ':lower') == 1 then -- else all that waits is of level 0
     local here = clock.now + level * clock.ageing

@@ -108,5 +108,5 @@ if idem ~= '' then
   call('DEL', idem)
   call('HSET', idem, 'job', id, 'body', ARGV[12], 'others', table.concat(others, ' '))
 end
-publish()
+conclude()
 return with_rates(said)

@@ -52,7 +52,7 @@ for i, head in ipairs(cjson.decode(ARGV[11])) do
   end
   marks[i] = frame.mark
 end
-if appended > 0 then call('HINCRBY', t .. ':totals', 'tokens', appended) end
+count(t .. ':totals', 'tokens', appended)
 
 -- What the worker has and should not, and the other way round.
 local has = {}
@@ -72,12 +72,12 @@ local jobs, fill = {}, 0
 local sent = turn == last_turn and login.sent or ''
 if sent ~= '' then
   for job in string.gmatch(sent, '%S+') do
-    if held[job] then jobs[#jobs + 1] = job end
+    if held[job] then jobs[#jobs + 1] = load_request(job) end
   end
 else
   for i, job in ipairs(lacks) do
     if i <= room then
-      jobs[i] = job
+      jobs[i] = load_request(job)
     else
       requeue(load_job(job))
       held[job], running, released = nil, running - 1, true
@@ -94,12 +94,12 @@ else
   end
 end
 
-call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(jobs, ' '))
+local ids, replies = {}, {}
+for i, job in ipairs(jobs) do ids[i], replies[i] = job.id, job_reply(job) end
+call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(ids, ' '))
 if ARGV[7] ~= '' then call('HSET', session_key(session), 'telemetry', ARGV[7]) end
-publish()
+conclude()
 
-local replies = {}
-for i, job in ipairs(jobs) do replies[i] = job_reply(job) end
 return {
   'ok', replies, drops, expects, login.drain and 1 or 0, fill, table.concat(marks), '[' .. table.concat(news, ',') .. ']',
 }
