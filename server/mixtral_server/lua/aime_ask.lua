@@ -47,6 +47,7 @@ if not login.drain and not login.mute then
 end
 for _, job in ipairs(leased) do call('HSET', job_key(job.id), 'heard', queue_now, 'text', redis.sha1hex('')) end
 call('HSET', session_key(session), 'poll', login.poll, 'max_slots', most, 'room', room - #leased)
+if #leased == 0 then wait_for_work() end -- before conclude(): what this call gave back wakes it too
 conclude()
 
 local replies = {}

@@ -35,7 +35,8 @@ local function lease(job, level, session)
     if job.eta then judge_eta(job) end
     job.started = now
   end
-  job.state, job.session, job.base, job.cost, job.level, job.attempt = 'leased', session, job.n, estimated_units(job), level, job.attempt + 1
+  job.state, job.session, job.attempt = 'leased', session, job.attempt + 1
+  job.base, job.cost, job.level = job.n, estimated_units(job), level
   count(load_key(level), job.owner, job.cost)
   charge(level, job.owner, job.cost)
   dequeue(job)

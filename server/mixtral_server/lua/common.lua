@@ -72,7 +72,7 @@ end
 -- process has its own news by its answer.
 local asker, is_heard = '', true -- is_heard: by any other process
 local appends, news = {}, {}
-local has_work = false
+local has_work = false -- a job can be claimed that could not be before
 
 local function tell(id) news[#news + 1] = '["' .. id .. '"]' end
 
@@ -83,6 +83,10 @@ local function tell_done(job, word)
   news[#news + 1] = '["' .. job.id .. '",' .. table.concat(facts, ',') .. ']'
 end
 
+-- Whoever asks for work and finds none waits for ':wake', if it has no work of its own. Only the first job that comes then says so: who is
+-- woken asks again, and finds the others. A worker that is not waiting meets them with its next turn.
+local function wait_for_work() call('SET', t .. ':idle', 1) end
+
 -- The last step of every script that moves a job: numbers are written, news are told.
 local function conclude()
   for _, write in ipairs(at_end) do write() end
@@ -91,7 +95,7 @@ local function conclude()
     local comma = #appends > 0 and #news > 0 and ',' or ''
     call('PUBLISH', t .. ':live', '["' .. asker .. '",' .. table.concat(appends, ',') .. comma .. table.concat(news, ',') .. ']')
   end
-  if has_work then call('PUBLISH', t .. ':wake', '1') end
+  if has_work and call('DEL', t .. ':idle') == 1 then call('PUBLISH', t .. ':wake', '1') end
 end
 
 -- At maxmemory Redis refuses a script whose first write takes memory, and lets every later write pass. Scripts that end or go on

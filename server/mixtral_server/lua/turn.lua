@@ -16,6 +16,7 @@ move_times()
 call('ZADD', t .. ':sessions', now + ARGV[5], session)
 
 local held = table_of(call('HGETALL', held_key(session)))
+for job, attempt in pairs(held) do held[job] = tonumber(attempt) end
 local drops, expects, known = {}, {}, {}
 
 local function drop(job, attempt)
@@ -33,16 +34,18 @@ local marks, released = {}, false
 local bodies, body_at = ARGV[12], 1
 
 local function body(size)
+  if size == 0 then return '' end
   body_at = body_at + size
   return string.sub(bodies, body_at - size, body_at - 1)
 end
 
-for i, head in ipairs(cjson.decode(ARGV[11])) do
+local heads = cjson.decode(ARGV[11])
+for i, head in ipairs(heads) do
   local frame = {
     job = head[1], attempt = head[2], offset = head[3], count = head[4], bytes = head[5], prompt_tokens = head[6], dropped = head[7],
     ending = head[8], ids = body(head[9]), texts = body(head[10]), logprobs = body(head[11]), detail = body(head[12]), mark = '-',
   }
-  if held[frame.job] == tostring(frame.attempt) then
+  if held[frame.job] == frame.attempt then
     local ended, expected = append(frame)
     if ended then held[frame.job] = nil end
     if expected then expects[#expects + 1] = {frame.job, expected} end
@@ -56,9 +59,10 @@ count(t .. ':totals', 'tokens', appended)
 
 -- What the worker has and should not, and the other way round.
 local has = {}
-for _, pair in ipairs(cjson.decode(ARGV[10])) do
+local holding = cjson.decode(ARGV[10])
+for _, pair in ipairs(holding) do
   local job, attempt = pair[1], pair[2]
-  if held[job] == tostring(attempt) then has[job] = true else drop(job, attempt) end
+  if held[job] == attempt then has[job] = true else drop(job, attempt) end
 end
 local lacks, running = {}, 0
 for job in pairs(held) do
@@ -98,6 +102,7 @@ local ids, replies = {}, {}
 for i, job in ipairs(jobs) do ids[i], replies[i] = job.id, job_reply(job) end
 call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(ids, ' '))
 if ARGV[7] ~= '' then call('HSET', session_key(session), 'telemetry', ARGV[7]) end
+if #heads + #holding + #jobs == 0 then wait_for_work() end -- before conclude(): what this turn gave back wakes it too
 conclude()
 
 return {
