@@ -26,19 +26,19 @@ end
 -- As next_in_line in claim.lua. A user whose first open job is of a worse level than the user's place waits for that level, and goes first there.
 local function next_open(may_be_suspect)
   if not has_open() then return nil end
-  write_moves()
   local suspect, level_of_suspect
   if may_be_suspect then suspect, level_of_suspect = first_open(t .. ':suspects', t .. ':native_suspects') end
   local later = {}
   for level = 0, LAST_LEVEL do
     if level == level_of_suspect then return suspect, level end
-    if later[level] then return later[level][1], later[level][2] end
+    local _, least = head_of_ring(level)
+    if later[level] then return later[level][1], level, least end
     local at, users = 0, nil
     repeat
       users = call('ZRANGE', ring_key(level), at, at + 99)
       for _, user in ipairs(users) do
         local id, own = first_open(t .. ':wait:' .. user, t .. ':native:' .. user)
-        if id and own <= level then return id, level end
+        if id and own <= level then return id, level, least end
         if id and not later[own] then later[own] = {id, level} end
       end
       at = at + 100

@@ -49,23 +49,30 @@ local function load_length(id)
   return {id = id, n = tonumber(values[1]), bytes = tonumber(values[2]), max = tonumber(values[3]), state = values[4]}
 end
 
+-- Length and bytes of the log into the job's hash, and what few frames change beside them. before: the log's length before the frame.
+local function write_more(frame, job, before)
+  if job.n > before then job.state = 'streaming' end
+  local fields = {'n', job.n, 'bytes', job.bytes, 'state', job.state}
+  local first = before == 0 and job.n > 0 and now or ''
+  for name, value in pairs({prompt_tokens = frame.prompt_tokens, dropped = frame.dropped, first = first}) do
+    if value ~= '' then
+      job[name] = value
+      fields[#fields + 1], fields[#fields + 2] = name, value
+    end
+  end
+  call('HSET', job_key(job.id), unpack(fields))
+end
+
 -- One frame that has passed the fence. Returns whether the lease of its job ended, and the offset expected where the log wants another.
 local function append(frame)
   local job = frame.ending == '' and load_length(frame.job) or load_job(frame.job)
   local before = job.n
   append_tokens(frame, job)
-  local fields = {'n', job.n, 'bytes', job.bytes}
-  local function set(name, value)
-    job[name] = value
-    fields[#fields + 1], fields[#fields + 2] = name, value
+  if frame.prompt_tokens ~= '' or frame.dropped ~= '' or job.state == 'leased' then
+    write_more(frame, job, before)
+  elseif job.n > before then
+    call('HSET', job_key(job.id), 'n', job.n, 'bytes', job.bytes)
   end
-  if frame.prompt_tokens ~= '' then set('prompt_tokens', frame.prompt_tokens) end
-  if frame.dropped ~= '' then set('dropped', frame.dropped) end
-  if job.n > before then
-    if job.state == 'leased' then set('state', 'streaming') end
-    if before == 0 then set('first', now) end
-  end
-  if job.n > before or #fields > 4 then call('HSET', job_key(job.id), unpack(fields)) end
   local last = frame.offset + frame.count - 1
 
   if frame.ending == 'error' then

@@ -28,8 +28,8 @@ local function judge_eta(job)
   if waited > tonumber(job.eta_p90) then count(t .. ':eta', 'late', 1) end
 end
 
-local function lease(job, level, session)
-  local _, least = head_of_ring(level)
+-- least: the virtual time of the level's least served user, if anybody stands there.
+local function lease(job, level, least, session)
   if least and job.deaths < SUSPECT_DEATHS then served[level] = least end
   if not job.started then
     if job.eta then judge_eta(job) end
@@ -44,14 +44,14 @@ local function lease(job, level, session)
     'attempt', job.attempt, 'started', job.started)
 end
 
--- The next waiting job's id and its level, or nil.
+-- The next waiting job's id, its level, and the virtual time of the least served user there, or nil.
 local function next_in_line(may_be_suspect)
   local suspect = may_be_suspect and call('ZRANGE', t .. ':suspects', 0, 0, 'WITHSCORES') or {}
   local level_of_suspect = suspect[1] and level_of(tonumber(suspect[2]))
   for level = 0, LAST_LEVEL do
     if level == level_of_suspect then return suspect[1], level end
-    local user = head_of_ring(level)
-    if user then return call('ZRANGE', t .. ':wait:' .. user, 0, 0)[1], level end
+    local user, least = head_of_ring(level)
+    if user then return call('ZRANGE', t .. ':wait:' .. user, 0, 0)[1], level, least end
     if level == 0 and not suspect[1] and call('EXISTS', t .. ':stands') == 0 then return nil end
   end
   return nil
@@ -62,7 +62,7 @@ end
 local function claim(session, room, may_be_suspect, next_job)
   local jobs, attempts, bytes, expired = {}, {}, 0, 0
   while #jobs < room and bytes < MAX_REPLY_BYTES and expired < MAX_EXPIRED_HERE do
-    local id, level = (next_job or next_in_line)(may_be_suspect)
+    local id, level, least = (next_job or next_in_line)(may_be_suspect)
     if not id then break end
     local job = load_request(id)
     local deadline = call('ZSCORE', t .. ':deadlines', id)
@@ -71,7 +71,7 @@ local function claim(session, room, may_be_suspect, next_job)
       expired = expired + 1
     else
       if deadline then call('ZREM', t .. ':deadlines', id) end
-      lease(job, level, session)
+      lease(job, level, least, session)
       if job.deaths >= SUSPECT_DEATHS then
         may_be_suspect = false
         call('HSET', session_key(session), 'suspect', id)

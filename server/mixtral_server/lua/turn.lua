@@ -1,7 +1,7 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
 -- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, the process that asks or '' if it does not
---       listen, (job, attempt) of each held as JSON, heads of frames (below) as JSON, and in one string ids, texts, logprobs or '' and error
---       detail of each frame
+--       listen, (job, attempt) of each held as JSON, heads of all frames (below) in one JSON array, and in one string ids, texts,
+--       logprobs or '' and error detail of each frame
 -- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling, a mark for each
 --   frame ('a' appended, 'c' cut, '-' not), other news as JSON}
 
@@ -40,10 +40,11 @@ local function body(size)
 end
 
 local heads = cjson.decode(ARGV[11])
-for i, head in ipairs(heads) do
+for at = 1, #heads, 12 do
   local frame = {
-    job = head[1], attempt = head[2], offset = head[3], count = head[4], bytes = head[5], prompt_tokens = head[6], dropped = head[7],
-    ending = head[8], ids = body(head[9]), texts = body(head[10]), logprobs = body(head[11]), detail = body(head[12]), mark = '-',
+    job = heads[at], attempt = heads[at + 1], offset = heads[at + 2], count = heads[at + 3], bytes = heads[at + 4],
+    prompt_tokens = heads[at + 5], dropped = heads[at + 6], ending = heads[at + 7], ids = body(heads[at + 8]),
+    texts = body(heads[at + 9]), logprobs = body(heads[at + 10]), detail = body(heads[at + 11]), mark = '-',
   }
   if held[frame.job] == frame.attempt then
     local ended, expected = append(frame)
@@ -53,7 +54,7 @@ for i, head in ipairs(heads) do
   else
     drop(frame.job, frame.attempt)
   end
-  marks[i] = frame.mark
+  marks[#marks + 1] = frame.mark
 end
 count(t .. ':totals', 'tokens', appended)
 
