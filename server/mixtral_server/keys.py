@@ -68,6 +68,7 @@ KEYS = (
     Key(":lined:<key>", "zset", "put, turn, cancel, reap", "its admitted jobs that wait, by when they are due", "max_running"),
     Key(":parked:<key>", "zset", "put, turn, cancel, reap", "its waiting jobs above max_running, by when they are due", "max_waiting"),
     Key(":parked", "string", "put, turn, cancel, reap", "jobs parked in all", "one"),
+    Key(":idle", "string", "turn, put, cancel, reap", "a worker waits for work: the next job wakes it", "one"),
     Key(":filling", "string", "turn", "since when a whole batch waits to be filled, ms", "one"),
     Key(":eta", "hash", "turn", "how far off the ETAs were: starts by seconds off", "one"),
     Key(":bucket:<rate>", "hash", "put, turn, cancel, reap", "what a rate has left, and when", "keys and visitors; gone when full"),

@@ -432,15 +432,15 @@ def live_worker_of(endpoint: str, session: str, lease_left_ms: int, running: int
     )
 
 
-def leased_job_of(job_id: str, attempt: str, spec: str, deaths: str, sent_bytes: str, level: str, produced: Sequence[str]) -> LeasedJob:
+def leased_job_of(job_id: str, attempt: int, spec: str, deaths: int, sent_bytes: int, level: int, produced: Sequence[str]) -> LeasedJob:
     return LeasedJob(
         id=job_id,
-        attempt=int(attempt),
+        attempt=attempt,
         spec_json=spec,
         produced_ids=[token for ids in produced for token in orjson.loads(ids)],
-        sent_bytes=int(sent_bytes),
-        suspect=int(deaths) >= 2,
-        priority=int(level),
+        sent_bytes=sent_bytes,
+        suspect=deaths >= 2,
+        priority=level,
     )
 
 
@@ -455,7 +455,7 @@ def telemetry_json(telemetry: Mapping[str, Any]) -> str:
 
 def packed(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
     """What turn.lua reads of frames: their heads as JSON, and in one string what it stores as it is: ids, texts, logprobs, error."""
-    heads: list[tuple[str | int, ...]] = []
+    heads: list[str | int] = []
     bodies: list[bytes] = []
     for frame in frames:
         size = len("".join(frame.texts).encode())
@@ -468,7 +468,7 @@ def packed(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
         prompt_tokens = "" if frame.prompt_tokens is None else frame.prompt_tokens
         dropped = "" if frame.dropped_messages is None else min(frame.dropped_messages, 2**31)
         counts = (frame.attempt, frame.offset, len(frame.ids), size, prompt_tokens, dropped)
-        heads.append((frame.job, *counts, ending, len(ids), len(texts), len(logprobs), len(error)))
+        heads += (frame.job, *counts, ending, len(ids), len(texts), len(logprobs), len(error))
         bodies += (ids, texts, logprobs, error)
     return orjson.dumps(heads), b"".join(bodies)
 

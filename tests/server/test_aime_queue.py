@@ -51,6 +51,18 @@ async def hand(aime: AimeQueue, name: str = "a", slots: int = 64) -> AimeHand:
     return worker
 
 
+async def test_a_job_wakes_a_worker_that_found_none(bench: Bench, aime: AimeQueue) -> None:
+    worker = await hand(aime)
+    async with bench.redis.pubsub() as channel:
+        await channel.subscribe(bench.shard.wake)
+        assert await channel.get_message(timeout=5)
+        for _ in range(2):
+            assert await worker.take() == []
+            await bench.put()
+            assert await channel.get_message(ignore_subscribe_messages=True, timeout=5)
+            assert len(await worker.take()) == 1
+
+
 async def texts_of(bench: Bench, job_id: str) -> list[str]:
     return [text for entry in (await bench.queue.read(job_id)).entries for text in entry.texts]
 

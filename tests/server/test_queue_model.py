@@ -357,7 +357,7 @@ class QueueMachine(RuleBasedStateMachine):
         for key in self.run(self.redis.keys()):
             kind = key_kind(key)
             assert kind is not None
-            is_one = kind.pattern in (":tick", ":clock", ":rate", ":totals", ":usage", ":dead", ":parked", ":filling", ":eta")
+            is_one = kind.pattern in (":tick", ":clock", ":rate", ":totals", ":usage", ":dead", ":parked", ":filling", ":eta", ":idle")
             assert is_one or self.run(self.redis.ttl(key)) > 0, key
         assert self.run(self.redis.get(SHARD.key("parked"))) in (None, "0")
 

@@ -195,15 +195,16 @@ async def test_parked_jobs_are_cancelled_expire_and_are_counted_like_others(benc
         await worker.turn(frame(given, 1, "a", finish="stop"))
     await worker.close()
     left = {key.split("}:")[1] for key in await bench.redis.keys() if await bench.redis.ttl(key) == -1}
-    assert left <= {"format", "tick", "clock", "rate", "totals", "usage", "parked", "eta"}
+    assert left <= {"format", "tick", "clock", "rate", "totals", "usage", "parked", "eta", "idle"}
     assert await bench.redis.get(bench.shard.key("parked")) == "0"
 
 
 async def test_a_freed_slot_of_a_key_wakes_the_workers(bench: Bench) -> None:
     for _ in range(2):
         await bench.put("ann", key_id="k", max_running=1)
-    worker = await bench.worker()
+    worker, idle = [await bench.worker() for _ in range(2)]
     [job] = await worker.take(1)
+    assert await idle.take(1) == []
     async with bench.redis.pubsub() as channel:
         await channel.subscribe(bench.shard.wake)
         assert await channel.get_message(timeout=5)

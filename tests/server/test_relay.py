@@ -547,8 +547,16 @@ async def subscribed(relay: Relay) -> Relay:
     return relay
 
 
+async def idle_worker(bench: Bench) -> Hand:
+    """One that has asked for work and found none."""
+    worker = await bench.worker()
+    assert await worker.take() == []
+    return worker
+
+
 async def test_a_new_job_wakes_every_parked_turn(bench: Bench, relay: Relay) -> None:
     await subscribed(relay)
+    await idle_worker(bench)
     turns = [asyncio.create_task(relay.work(ENDPOINT, HANG_S)) for _ in range(3)]
     await asyncio.sleep(0)
     await bench.put()
@@ -561,6 +569,7 @@ async def test_a_returned_job_wakes_parked_turns(bench: Bench) -> None:
     await worker.take()
     async with Relay(bench.redis, bench.queue) as relay:
         await subscribed(relay)
+        await idle_worker(bench)
         turn = asyncio.create_task(relay.work(ENDPOINT, HANG_S))
         await asyncio.sleep(0)
         await worker.close()
@@ -569,11 +578,48 @@ async def test_a_returned_job_wakes_parked_turns(bench: Bench) -> None:
 
 async def test_a_job_between_a_turn_and_its_parking_is_noticed(bench: Bench, relay: Relay) -> None:
     seen = (await subscribed(relay)).wakes(ENDPOINT)
+    await idle_worker(bench)
     other = asyncio.create_task(relay.work(ENDPOINT, HANG_S))
     await asyncio.sleep(0)
     await bench.put()
     await other
     assert await relay.work(ENDPOINT, HANG_S, seen) is True
+
+
+async def test_a_turn_that_was_woken_in_vain_is_woken_by_the_next_job(bench: Bench, relay: Relay) -> None:
+    seen = (await subscribed(relay)).wakes(ENDPOINT)
+    quick, slow = [await idle_worker(bench) for _ in range(2)]
+    await bench.put()
+    assert await relay.work(ENDPOINT, HANG_S, seen) is True
+    assert len(await quick.take()) == 1
+    seen = relay.wakes(ENDPOINT)
+    assert await slow.take() == []
+    await bench.put()
+    assert await relay.work(ENDPOINT, HANG_S, seen) is True
+
+
+async def test_jobs_that_come_before_a_woken_turn_has_asked_wake_nobody_else(bench: Bench, relay: Relay) -> None:
+    """The turn that is woken finds them all; and a worker that has work is not waited for."""
+    seen = (await subscribed(relay)).wakes(ENDPOINT)
+    idle = await idle_worker(bench)
+    jobs = {await bench.put() for _ in range(3)}
+    assert await relay.work(ENDPOINT, HANG_S, seen) is True
+    assert {job.id for job in await idle.take(3)} == jobs
+    seen = relay.wakes(ENDPOINT)
+    assert (await idle.turn(room=3)).jobs == []  # it has work
+    await bench.put()
+    assert await relay.work(ENDPOINT, 0.05, seen) is False
+
+
+async def test_a_turn_that_waits_for_its_batch_to_fill_is_woken_by_each_job(bench: Bench, relay: Relay) -> None:
+    await subscribed(relay)
+    worker = await bench.worker(static_batch=3)
+    for _ in range(3):
+        seen = relay.wakes(ENDPOINT)
+        assert await worker.take(3) == []
+        await bench.put()
+        assert await relay.work(ENDPOINT, HANG_S, seen) is True
+    assert len(await worker.take(3)) == 3
 
 
 async def test_without_work_a_parked_turn_is_let_go_when_its_time_is_over(relay: Relay) -> None:

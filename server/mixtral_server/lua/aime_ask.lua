@@ -40,18 +40,16 @@ for i, one in ipairs(jobs) do
   end
 end
 
-local ids, fill = {}, 0
+local leased, fill = {}, 0
 if not login.drain and not login.mute then
   fill = fill_ms(room, ARGV[7])
-  ids = claim(session, fill > 0 and 0 or room, not held[login.suspect or ''], next_open)
+  leased = claim(session, fill > 0 and 0 or room, not held[login.suspect or ''], next_open)
 end
-for _, id in ipairs(ids) do call('HSET', job_key(id), 'heard', queue_now, 'text', redis.sha1hex('')) end
-call('HSET', session_key(session), 'poll', login.poll, 'max_slots', most, 'room', room - #ids)
-publish()
+for _, job in ipairs(leased) do call('HSET', job_key(job.id), 'heard', queue_now, 'text', redis.sha1hex('')) end
+call('HSET', session_key(session), 'poll', login.poll, 'max_slots', most, 'room', room - #leased)
+if #leased == 0 then wait_for_work() end -- before conclude(): what this call gave back wakes it too
+conclude()
 
 local replies = {}
-for i, id in ipairs(ids) do
-  local values = call('HMGET', job_key(id), 'attempt', 'spec', 'created')
-  replies[i] = {id, values[1], values[2], values[3]}
-end
+for i, job in ipairs(leased) do replies[i] = {job.id, job.attempt, job.spec, job.created} end
 return {'ok', replies, fill, now, lost}

@@ -17,6 +17,7 @@ local function first_open(line, natives)
 end
 
 local function has_open()
+  write_counts()
   local lined = -(call('GET', t .. ':parked') or 0)
   for _, jobs in ipairs(call('HVALS', t .. ':waiting')) do lined = lined + jobs end
   return lined > tonumber(call('HGET', t .. ':closed', 'jobs') or 0)
@@ -30,13 +31,14 @@ local function next_open(may_be_suspect)
   local later = {}
   for level = 0, LAST_LEVEL do
     if level == level_of_suspect then return suspect, level end
-    if later[level] then return later[level][1], later[level][2] end
+    local _, least = head_of_ring(level)
+    if later[level] then return later[level][1], level, least end
     local at, users = 0, nil
     repeat
       users = call('ZRANGE', ring_key(level), at, at + 99)
       for _, user in ipairs(users) do
         local id, own = first_open(t .. ':wait:' .. user, t .. ':native:' .. user)
-        if id and own <= level then return id, level end
+        if id and own <= level then return id, level, least end
         if id and not later[own] then later[own] = {id, level} end
       end
       at = at + 100

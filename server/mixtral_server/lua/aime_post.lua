@@ -21,7 +21,7 @@ local function append_text(job, before, length, added)
   call('XADD', log_key(job.id), length .. '-0', 'ids', ids, 'texts', texts)
   call('HSET', job_key(job.id), 'n', length)
   call('HSETNX', job_key(job.id), 'first', now)
-  call('HINCRBY', t .. ':totals', 'tokens', length - before)
+  count(t .. ':totals', 'tokens', length - before)
   news[#news + 1] = '["' .. job.id .. '",' .. (before + 1) .. ',' .. ids .. ',' .. texts .. ']'
 end
 
@@ -92,5 +92,5 @@ for at = 4, #ARGV, 8 do
     replies[#replies + 1] = disown(id)
   end
 end
-publish()
+conclude()
 return replies

@@ -12,5 +12,5 @@ for i = 4, #ARGV, 2 do
   end
 end
 if login.poll == ARGV[3] and call('HLEN', held_key(session)) == 0 then end_session(session, requeue) end
-publish()
+conclude()
 return returned

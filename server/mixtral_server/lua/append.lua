@@ -15,12 +15,13 @@ local function cut(json, skip, last)
   return cjson.encode(part), bytes
 end
 
--- What of the frame the log lacks, as far as the job's max tokens allow. Returns the log's new length. The frame is marked: 'a' appended as
--- it is, 'c' cut.
-local function append_tokens(frame, n, bytes, max, state)
+-- What of the frame the log lacks, as far as the job's max tokens allow. The frame is marked: 'a' appended as it is, 'c' cut.
+-- n and bytes of the job grow here; append() writes them.
+local function append_tokens(frame, job)
+  local n = job.n
   local skip = n + 1 - frame.offset
-  local last = math.min(frame.count, max - frame.offset + 1)
-  if skip < 0 or last <= skip then return n end
+  local last = math.min(frame.count, job.max - frame.offset + 1)
+  if skip < 0 or last <= skip then return end
   local ids, texts, size, logprobs = frame.ids, frame.texts, frame.bytes, frame.logprobs
   frame.mark = 'a'
   if skip > 0 or last < frame.count then
@@ -29,43 +30,62 @@ local function append_tokens(frame, n, bytes, max, state)
     texts, size = cut(texts, skip, last)
     if logprobs ~= '' then logprobs = cut(logprobs, skip, last) end
   end
-  local length = n + last - skip
+  job.n, job.bytes = n + last - skip, job.bytes + size
   if logprobs == '' then
-    call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts)
+    call('XADD', log_key(job.id), job.n .. '-0', 'ids', ids, 'texts', texts)
   else
-    call('XADD', log_key(frame.job), length .. '-0', 'ids', ids, 'texts', texts, 'logprobs', logprobs)
+    call('XADD', log_key(job.id), job.n .. '-0', 'ids', ids, 'texts', texts, 'logprobs', logprobs)
   end
-  call('HSET', job_key(frame.job), 'n', length, 'bytes', bytes + size)
-  if state == 'leased' then call('HSET', job_key(frame.job), 'state', 'streaming') end
-  if n == 0 then call('HSETNX', job_key(frame.job), 'first', now) end
   if is_heard then
     local more = logprobs ~= '' and ',' .. logprobs or ''
-    appends[#appends + 1] = '["' .. frame.job .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. more .. ']'
+    appends[#appends + 1] = '["' .. job.id .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. more .. ']'
   end
-  appended = appended + length - n
-  return length
+  appended = appended + job.n - n
+end
+
+-- What append() must know of a job that goes on.
+local function load_length(id)
+  local values = call('HMGET', job_key(id), 'n', 'bytes', 'max', 'state')
+  return {id = id, n = tonumber(values[1]), bytes = tonumber(values[2]), max = tonumber(values[3]), state = values[4]}
+end
+
+-- Length and bytes of the log into the job's hash, and what few frames change beside them. before: the log's length before the frame.
+local function write_more(frame, job, before)
+  if job.n > before then job.state = 'streaming' end
+  local fields = {'n', job.n, 'bytes', job.bytes, 'state', job.state}
+  local first = before == 0 and job.n > 0 and now or ''
+  for name, value in pairs({prompt_tokens = frame.prompt_tokens, dropped = frame.dropped, first = first}) do
+    if value ~= '' then
+      job[name] = value
+      fields[#fields + 1], fields[#fields + 2] = name, value
+    end
+  end
+  call('HSET', job_key(job.id), unpack(fields))
 end
 
 -- One frame that has passed the fence. Returns whether the lease of its job ended, and the offset expected where the log wants another.
 local function append(frame)
-  local values = call('HMGET', job_key(frame.job), 'n', 'bytes', 'max', 'state')
-  local before, max = tonumber(values[1]), tonumber(values[3])
-  if frame.prompt_tokens ~= '' then call('HSET', job_key(frame.job), 'prompt_tokens', frame.prompt_tokens) end
-  if frame.dropped ~= '' then call('HSET', job_key(frame.job), 'dropped', frame.dropped) end
-  local n = append_tokens(frame, before, tonumber(values[2]), max, values[4])
+  local job = frame.ending == '' and load_length(frame.job) or load_job(frame.job)
+  local before = job.n
+  append_tokens(frame, job)
+  if frame.prompt_tokens ~= '' or frame.dropped ~= '' or job.state == 'leased' then
+    write_more(frame, job, before)
+  elseif job.n > before then
+    call('HSET', job_key(job.id), 'n', job.n, 'bytes', job.bytes)
+  end
   local last = frame.offset + frame.count - 1
 
   if frame.ending == 'error' then
-    finish(load_job(frame.job), 'failed', 'error', frame.detail)
+    finish(job, 'failed', 'error', frame.detail)
   elseif frame.ending == 'release' then
-    requeue(load_job(frame.job))
-  elseif n == max and last > max then -- the worker overran what was asked: the log is never longer than that
-    finish(load_job(frame.job), 'done', 'length')
+    requeue(job)
+  elseif job.n == job.max and last > job.max then -- the worker overran what was asked: the log is never longer than that
+    finish(load_job(job.id), 'done', 'length')
   elseif frame.offset > before + 1 then
     return false, before + 1
   elseif frame.ending ~= '' then
-    if last ~= n then return false, n + 1 end -- an end that does not follow on the log's last token
-    finish(load_job(frame.job), 'done', frame.ending)
+    if last ~= job.n then return false, job.n + 1 end -- an end that does not follow on the log's last token
+    finish(job, 'done', frame.ending)
   else
     return false, nil
   end

@@ -4,6 +4,6 @@ if not job then return false end
 if not TERMINAL[job.state] then
   use_reserve()
   finish(job, 'cancelled', 'cancelled')
-  publish()
+  conclude()
 end
 return job.state

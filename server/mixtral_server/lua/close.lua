@@ -2,5 +2,5 @@
 if call('HGET', session_key(ARGV[1]), 'key') ~= ARGV[2] then return 0 end
 use_reserve()
 local released = end_session(ARGV[1], requeue)
-publish()
+conclude()
 return released

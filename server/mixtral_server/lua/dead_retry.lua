@@ -17,5 +17,5 @@ take_letter(id)
 move_times()
 enqueue(load_job(id))
 tell(id)
-publish()
+conclude()
 return 'dead'

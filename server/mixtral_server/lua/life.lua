@@ -5,10 +5,10 @@
 -- Move a user's virtual time; back no further than where it stood when the user came. One who was not seen since all was
 -- forgotten joins with what ':load' says.
 local function charge(level, user, cost)
-  local stands, floor = stand(user)
-  if stands == level then
-    local at = tonumber(call('ZSCORE', ring_key(level), user))
-    call('ZADD', ring_key(level), math.max(floor, at + cost), user)
+  local place = stand(user)
+  if place and place.level == level then
+    place.at = math.max(place.floor, time_of(user) + cost)
+    moved[user] = place
   elseif call('ZSCORE', spent_key(level), user) then
     call('ZINCRBY', spent_key(level), cost, user)
   end
@@ -16,7 +16,7 @@ end
 
 -- The lease of a job ends: what was charged in advance becomes what it really took.
 local function settle(job)
-  if call('HINCRBY', load_key(job.level), job.owner, -job.cost) <= 0 then call('HDEL', load_key(job.level), job.owner) end
+  count(load_key(job.level), job.owner, -job.cost)
   local produced = job.n - job.base
   local took = produced > 0 and units(job, produced + job.prompt_tokens) or 0
   charge(job.level, job.owner, took - job.cost)
@@ -32,20 +32,29 @@ end
 
 -- ---------------------------------------------------------------------------------------- pace (pace.lua reads it)
 
+local rate -- as the finishes of this call leave it
+
+local function count_finish(job)
+  if not rate then
+    local before = call('HMGET', t .. ':rate', 'value', 'gaps', 'run', 'at')
+    local gap = now - (before[4] or now)
+    local fade = math.exp(-gap / RATE_MS)
+    rate = {value = (before[1] or 0) * fade, gaps = (before[2] or 0) * fade + gap * gap, run = (before[3] or 0) * fade}
+  end
+  rate.value, rate.run = rate.value + 1, rate.run + now - job.started
+end
+
+-- Jobs are leased.
 local function count_lease()
-  local at = tonumber(call('HGET', t .. ':rate', 'at') or 0)
+  local at = rate and now or tonumber(call('HGET', t .. ':rate', 'at') or 0)
   if now - at > 10 * RATE_MS then
     call('DEL', t .. ':rate')
     call('HSET', t .. ':rate', 'since', now, 'at', now)
   end
 end
 
-local function count_finish(job)
-  local rate = table_of(call('HGETALL', t .. ':rate'))
-  local gap = now - (rate.at or now)
-  local fade = math.exp(-gap / RATE_MS)
-  call('HSET', t .. ':rate', 'value', (rate.value or 0) * fade + 1, 'gaps', (rate.gaps or 0) * fade + gap * gap,
-    'run', (rate.run or 0) * fade + now - job.started, 'at', now)
+at_end[#at_end + 1] = function()
+  if rate then call('HSET', t .. ':rate', 'value', rate.value, 'gaps', rate.gaps, 'run', rate.run, 'at', now) end
 end
 
 -- ---------------------------------------------------------------------------------------- waiting, running, ended
@@ -78,6 +87,7 @@ local function finish(job, state, word, detail)
   if job.state == 'waiting' then
     count_waiting(job, -1)
     if job.key == '' then step_out(job) end
+    call('ZREM', t .. ':deadlines', job.id) -- a lease takes it away too
   else
     call('HDEL', held_key(job.session), job.id)
     settle(job)
@@ -85,7 +95,6 @@ local function finish(job, state, word, detail)
   end
   if job.key ~= '' then leave_key(job) end
   if job.rates then settle_rates(job, state) end
-  call('ZREM', t .. ':deadlines', job.id)
   call('HSET', job_key(job.id), 'state', state, 'finish', word, 'error', detail or '', 'ended', now)
   local times, paid, paid_prompt = lives(job)
   call('XADD', log_key(job.id), job.n .. '-' .. 2 * times + 1, 'end', state)
@@ -96,7 +105,7 @@ local function finish(job, state, word, detail)
   call('XADD', t .. ':usage', '*', 'job', row, 'owner', job.owner, 'title', job.title, 'state', state, 'finish', word,
     'error', detail and cjson.decode(detail).code or '', 'prompt_tokens', math.max(0, job.prompt_tokens - paid_prompt), 'n', math.max(0, job.n - paid),
     'attempt', job.attempt, 'created', job.created, 'started', job.started or '', 'first', job.first or '', 'ended', now)
-  call('HINCRBY', t .. ':totals', state, 1)
+  count(t .. ':totals', state, 1)
   job.state = state
   if state == 'done' then tell_done(job, word) else tell(job.id) end
 end

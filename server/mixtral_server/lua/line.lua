@@ -7,10 +7,6 @@ local function line_of(job)
   return t .. ':wait:' .. job.owner
 end
 
-local function count(key, field, by)
-  if call('HINCRBY', key, field, by) <= 0 then call('HDEL', key, field) end
-end
-
 -- A job that only native workers can serve, by what it asks for or because one of them began it, stands here beside its line, and ':closed'
 -- counts them all; aime_claim.lua reads both.
 local function natives_of(job)
@@ -35,7 +31,7 @@ local function line_up(job)
   call('ZADD', line_of(job), job.due, job.id)
   if needs_native(job) then count(t .. ':closed', 'jobs', call('ZADD', natives_of(job), job.due, job.id)) end
   if job.key ~= '' then call('ZADD', lined_key(job.key), job.due, job.id) end
-  if job.deaths < SUSPECT_DEATHS and stand(job.owner) ~= 0 then stand_by_first(job.owner) end
+  if job.deaths < SUSPECT_DEATHS and level_of_user(job.owner) ~= 0 then stand_by_first(job.owner) end
   has_work = true
 end
 

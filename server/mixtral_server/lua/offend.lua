@@ -20,5 +20,5 @@ if count < tonumber(ARGV[4]) then
   return {count, stranger, 0, 0}
 end
 local released = end_session(session, requeue)
-publish()
+conclude()
 return {count, stranger, 1, released}

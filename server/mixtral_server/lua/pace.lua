@@ -4,14 +4,14 @@
 -- → finishes per ms, how many they were, squared coefficient of variation of the gaps, mean run in ms; or nil when there is nothing to
 -- measure.
 local function pace()
-  local rate = table_of(call('HGETALL', t .. ':rate'))
-  if not rate.value then return nil end
-  local fade = math.exp(-(now - rate.at) / RATE_MS)
-  local value = rate.value * fade
+  local sums = call('HMGET', t .. ':rate', 'value', 'gaps', 'run', 'at', 'since')
+  if not sums[1] then return nil end
+  local fade = math.exp(-(now - sums[4]) / RATE_MS)
+  local value = sums[1] * fade
   if value < 0.05 then return nil end
-  local span = RATE_MS * (1 - math.exp(-math.max(1000, now - rate.since) / RATE_MS))
-  local variation = (rate.gaps or 0) * fade * value / (span * span) - 1
-  return value / span, value, math.min(10, math.max(0.1, variation)), (rate.run or 0) / rate.value
+  local span = RATE_MS * (1 - math.exp(-math.max(1000, now - sums[5]) / RATE_MS))
+  local variation = (sums[2] or 0) * fade * value / (span * span) - 1
+  return value / span, value, math.min(10, math.max(0.1, variation)), (sums[3] or 0) / sums[1]
 end
 
 -- Jobs per second as text, '' when there is nothing to measure.

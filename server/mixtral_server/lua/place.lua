@@ -23,8 +23,8 @@ end
 
 -- How many jobs each of these users, at most MAX_USERS, has in line in these bounds. One call for all where none of their jobs is parked or a
 -- suspect, so that those in line are all that wait.
-local function jobs_in_lines(users, from, to)
-  if #users > 0 and not from and call('EXISTS', t .. ':suspects') == 0 and tonumber(call('GET', t .. ':parked') or 0) == 0 then
+local function jobs_in_lines(users, suspects, from, to)
+  if #users > 0 and not from and suspects == 0 and tonumber(call('GET', t .. ':parked') or 0) == 0 then
     return call('HMGET', t .. ':waiting_of', unpack(users))
   end
   local counts = {}
@@ -47,6 +47,7 @@ end
 
 -- How many jobs are served before this one, and of a parked job how many of its key's are parked before it.
 local function ahead_of(job)
+  write_counts()
   local level, ahead, from, to = level_of(job.due), 0, nil, nil
   if call('EXISTS', t .. ':lower') == 1 then -- else all that waits is of level 0
     local here = clock.now + level * clock.ageing
@@ -56,7 +57,8 @@ local function ahead_of(job)
   end
   local first, before = from or '-inf', score('(', job.due)
   if job.deaths >= SUSPECT_DEATHS then return ahead + call('ZCOUNT', t .. ':suspects', first, before) end
-  ahead = ahead + jobs_of(t .. ':suspects', from, to)
+  local suspects = jobs_of(t .. ':suspects', from, to)
+  ahead = ahead + suspects
 
   local rank, parked = call('ZCOUNT', t .. ':wait:' .. job.owner, first, before), nil
   if job.key ~= '' then
@@ -68,14 +70,14 @@ local function ahead_of(job)
   local ring, cost = ring_key(level), estimated_units(job)
   local mark = (call('ZSCORE', ring, job.owner) or joining(level, job.owner)) + rank * cost
   local stands, users, marks = call('ZRANGEBYSCORE', ring, '-inf', mark, 'WITHSCORES', 'LIMIT', 0, MAX_USERS), {}, {}
-  for i = 1, #stands, 2 do users[#users + 1], marks[#marks + 1] = stands[i], tonumber(stands[i + 1]) end
-  local waiting = jobs_in_lines(users, from, to)
-  for i, user in ipairs(users) do
-    if user ~= job.owner then
-      ahead = ahead + served_before(marks[i], cost, mark, user < job.owner, tonumber(waiting[i]) or 0)
-    end
+  for i = 1, #stands, 2 do
+    if stands[i] ~= job.owner then users[#users + 1], marks[#marks + 1] = stands[i], tonumber(stands[i + 1]) end
   end
-  if #users == MAX_USERS then ahead = ahead + call('ZCOUNT', ring, '-inf', mark) - MAX_USERS end
+  local waiting = jobs_in_lines(users, suspects, from, to)
+  for i, user in ipairs(users) do
+    ahead = ahead + served_before(marks[i], cost, mark, user < job.owner, tonumber(waiting[i]) or 0)
+  end
+  if #stands == 2 * MAX_USERS then ahead = ahead + call('ZCOUNT', ring, '-inf', mark) - MAX_USERS end
   return ahead + ahead_of_those_to_come(job, level, cost, mark, from, to), parked
 end
 

@@ -85,10 +85,10 @@ local function queue(one, idem_of_job)
   local arrival = math.max(read_clock().now, clock.last + 1)
   clock.now, clock.last, clock.ageing = arrival, arrival, tonumber(ARGV[21])
   call('HSET', t .. ':clock', 'last', arrival, 'ageing', ARGV[21])
-  local due = arrival + prio * clock.ageing
+  local due = string.format('%.0f', arrival + prio * clock.ageing) -- text: Redis is told it more than once
   call('HSET', job_key(one.id), 'state', 'waiting', 'owner', owner, 'prio', prio, 'weight', ARGV[4], 'estimate', one.estimate,
     'max', one.max, 'spec', one.spec, 'title', ARGV[8], 'ttl', ARGV[9], 'idem', idem_of_job, 'key', ARGV[19], 'most', ARGV[20],
-    'created', now, 'due', due, 'attempt', 0, 'deaths', 0, 'n', 0, 'bytes', 0)
+    'created', now, 'due', due, 'attempt', '0', 'deaths', '0', 'n', '0', 'bytes', '0')
   if #rates > 0 then call('HSET', job_key(one.id), 'rates', ARGV[18], 'charged', one.estimate) end
   if ARGV[22] == '1' then call('HSET', job_key(one.id), 'native', 1) end
   if ARGV[10] ~= '' then call('ZADD', t .. ':deadlines', now + ARGV[10], one.id) end
@@ -108,5 +108,5 @@ if idem ~= '' then
   call('DEL', idem)
   call('HSET', idem, 'job', id, 'body', ARGV[12], 'others', table.concat(others, ' '))
 end
-publish()
+conclude()
 return with_rates(said)

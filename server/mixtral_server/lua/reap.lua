@@ -23,6 +23,6 @@ for _, id in ipairs(expired) do finish(load_job(id), 'expired', 'expired') end
 local lifted = call('ZRANGEBYSCORE', t .. ':lifts', '-inf', read_clock().now, 'LIMIT', 0, MAX_LIFTED)
 for _, user in ipairs(lifted) do stand_by_first(user) end
 
-publish()
+conclude()
 local more = #lapsed == MAX_SESSIONS or #expired == MAX_EXPIRED or #lifted == MAX_LIFTED
 return {#lapsed, requeued, dead, #expired, gap, more and 1 or 0}

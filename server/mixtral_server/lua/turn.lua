@@ -1,7 +1,7 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
 -- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, the process that asks or '' if it does not
---       listen, (job, attempt) of each held as JSON, heads of frames (below) as JSON, and in one string ids, texts, logprobs or '' and error
---       detail of each frame
+--       listen, (job, attempt) of each held as JSON, heads of all frames (below) in one JSON array, and in one string ids, texts,
+--       logprobs or '' and error detail of each frame
 -- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling, a mark for each
 --   frame ('a' appended, 'c' cut, '-' not), other news as JSON}
 
@@ -16,6 +16,7 @@ move_times()
 call('ZADD', t .. ':sessions', now + ARGV[5], session)
 
 local held = table_of(call('HGETALL', held_key(session)))
+for job, attempt in pairs(held) do held[job] = tonumber(attempt) end
 local drops, expects, known = {}, {}, {}
 
 local function drop(job, attempt)
@@ -33,16 +34,19 @@ local marks, released = {}, false
 local bodies, body_at = ARGV[12], 1
 
 local function body(size)
+  if size == 0 then return '' end
   body_at = body_at + size
   return string.sub(bodies, body_at - size, body_at - 1)
 end
 
-for i, head in ipairs(cjson.decode(ARGV[11])) do
+local heads = cjson.decode(ARGV[11])
+for at = 1, #heads, 12 do
   local frame = {
-    job = head[1], attempt = head[2], offset = head[3], count = head[4], bytes = head[5], prompt_tokens = head[6], dropped = head[7],
-    ending = head[8], ids = body(head[9]), texts = body(head[10]), logprobs = body(head[11]), detail = body(head[12]), mark = '-',
+    job = heads[at], attempt = heads[at + 1], offset = heads[at + 2], count = heads[at + 3], bytes = heads[at + 4],
+    prompt_tokens = heads[at + 5], dropped = heads[at + 6], ending = heads[at + 7], ids = body(heads[at + 8]),
+    texts = body(heads[at + 9]), logprobs = body(heads[at + 10]), detail = body(heads[at + 11]), mark = '-',
   }
-  if held[frame.job] == tostring(frame.attempt) then
+  if held[frame.job] == frame.attempt then
     local ended, expected = append(frame)
     if ended then held[frame.job] = nil end
     if expected then expects[#expects + 1] = {frame.job, expected} end
@@ -50,15 +54,16 @@ for i, head in ipairs(cjson.decode(ARGV[11])) do
   else
     drop(frame.job, frame.attempt)
   end
-  marks[i] = frame.mark
+  marks[#marks + 1] = frame.mark
 end
-if appended > 0 then call('HINCRBY', t .. ':totals', 'tokens', appended) end
+count(t .. ':totals', 'tokens', appended)
 
 -- What the worker has and should not, and the other way round.
 local has = {}
-for _, pair in ipairs(cjson.decode(ARGV[10])) do
+local holding = cjson.decode(ARGV[10])
+for _, pair in ipairs(holding) do
   local job, attempt = pair[1], pair[2]
-  if held[job] == tostring(attempt) then has[job] = true else drop(job, attempt) end
+  if held[job] == attempt then has[job] = true else drop(job, attempt) end
 end
 local lacks, running = {}, 0
 for job in pairs(held) do
@@ -72,12 +77,12 @@ local jobs, fill = {}, 0
 local sent = turn == last_turn and login.sent or ''
 if sent ~= '' then
   for job in string.gmatch(sent, '%S+') do
-    if held[job] then jobs[#jobs + 1] = job end
+    if held[job] then jobs[#jobs + 1] = load_request(job) end
   end
 else
   for i, job in ipairs(lacks) do
     if i <= room then
-      jobs[i] = job
+      jobs[i] = load_request(job)
     else
       requeue(load_job(job))
       held[job], running, released = nil, running - 1, true
@@ -94,12 +99,13 @@ else
   end
 end
 
-call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(jobs, ' '))
+local ids, replies = {}, {}
+for i, job in ipairs(jobs) do ids[i], replies[i] = job.id, job_reply(job) end
+call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(ids, ' '))
 if ARGV[7] ~= '' then call('HSET', session_key(session), 'telemetry', ARGV[7]) end
-publish()
+if #heads + #holding + #jobs == 0 then wait_for_work() end -- before conclude(): what this turn gave back wakes it too
+conclude()
 
-local replies = {}
-for i, job in ipairs(jobs) do replies[i] = job_reply(job) end
 return {
   'ok', replies, drops, expects, login.drain and 1 or 0, fill, table.concat(marks), '[' .. table.concat(news, ',') .. ']',
 }
