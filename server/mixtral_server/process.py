@@ -108,14 +108,22 @@ def write_keys_env(folder: Path, keys: Mapping[Scope, str]) -> Path:
     return path
 
 
+class _Line(logging.Formatter):
+    """Its time is to the second, and made once for all lines of that second."""
+
+    _second, _shown = -1, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        if int(record.created) != self._second:
+            self._second, self._shown = int(record.created), super().formatTime(record, datefmt)
+        return self._shown
+
+
 def log_to_stderr(level: str, process: int | None = None) -> None:
     which = "" if process is None else f" process={process}"
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format=f"time=%(asctime)s level=%(levelname)s{which} %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line(f"time=%(asctime)s level=%(levelname)s{which} %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     # No line shows who wrote it, and asking takes as long as writing: "Optimization" in Python's logging HOWTO.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.logAsyncioTasks = False  # type: ignore[attr-defined,unused-ignore]  # Python 3.12

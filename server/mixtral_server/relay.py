@@ -11,8 +11,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +35,27 @@ MAX_READS = 32
 PING_AFTER_S = 10.0
 """Silence on the live channel after which Redis must answer a ping, within the same time again."""
 MAX_RECONNECT_PAUSE_S = 2.0
+
+
+class Following:
+    """`with` it: the follower, told all news meanwhile."""
+
+    __slots__ = ("_all", "_follower")
+
+    def __init__(self, follower: Follower, of_every_job: dict[str, set[Follower]]) -> None:
+        self._follower = follower
+        self._all = of_every_job
+
+    def __enter__(self) -> Follower:
+        self._all.setdefault(self._follower.job_id, set()).add(self._follower)
+        return self._follower
+
+    def __exit__(self, *_: object) -> None:
+        self._follower.sink = None  # it knows its reader, and the reader knows it: they would wait for the garbage collector
+        of_job = self._all[self._follower.job_id]
+        of_job.discard(self._follower)
+        if not of_job:
+            del self._all[self._follower.job_id]
 
 
 class Relay:
@@ -75,7 +95,6 @@ class Relay:
         """Readers in this process."""
         return [follower for of_job in self._followers.values() for follower in of_job]
 
-    @contextmanager
     def follow(
         self,
         job_id: str,
@@ -85,7 +104,7 @@ class Relay:
         is_resumable: bool = True,
         asks_place: bool = True,
         is_new: bool = False,
-    ) -> Iterator[Follower]:
+    ) -> Following:
         """A reader of the job's events after offset `after`; crc names the ids that it has so far. is_new: the job is not yet put."""
         follower = Follower(
             self._queue,
@@ -96,15 +115,7 @@ class Relay:
             asks_place=asks_place,
             is_new=is_new,
         )
-        self._followers.setdefault(job_id, set()).add(follower)
-        try:
-            yield follower
-        finally:
-            follower.sink = None  # it knows its reader, and the reader knows it: they would wait for the garbage collector
-            of_job = self._followers[job_id]
-            of_job.discard(follower)
-            if not of_job:
-                del self._followers[job_id]
+        return Following(follower, self._followers)
 
     # ------------------------------------------------------------------------------------------ news
 

@@ -237,6 +237,7 @@ class CallerPlan:
 
     callers: int
     calls: int
+    nap_s: float = 0.0
 
 
 @dataclass
@@ -268,6 +269,7 @@ def call_whole(target: Target, plan: CallerPlan) -> CallerResult:
         ready = waiting.select(SILENCE_LIMIT_S)
         if not ready:
             raise BenchFailed(f"{sent - len(latencies)} calls had no answer for {SILENCE_LIMIT_S:g} s")
+        time.sleep(plan.nap_s)
         for key, _ in ready:
             asked_at, received = key.data
             connection = key.fileobj  # type: ignore[assignment]

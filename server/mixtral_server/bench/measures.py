@@ -34,8 +34,8 @@ Row: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]
 T = TypeVar("T")
 
-READERS_NAP_S = 0.002
-"""Throughput: readers on this machine that are woken by every packet put their waking on the server's bill; over a network nobody does."""
+NAP_S = 0.002
+"""Throughput: readers and callers on this machine that are woken by every packet put their waking on the server's bill; others do not."""
 
 
 @asynccontextmanager
@@ -101,7 +101,7 @@ async def tokens(say: Say, *, streams: int, tokens_per_frame: int, job_tokens: i
     say(f"tokens: {streams} {wire} streams of {job_tokens:,} tokens, {tokens_per_frame} a frame")
     async with house() as opened:
         run = await _streamed(
-            opened, WorkerPlan(streams, streams, job_tokens, tokens_per_frame), ReaderPlan(streams, job_tokens, wire, nap_s=READERS_NAP_S)
+            opened, WorkerPlan(streams, streams, job_tokens, tokens_per_frame), ReaderPlan(streams, job_tokens, wire, nap_s=NAP_S)
         )
     return {
         "streams": streams,
@@ -183,7 +183,7 @@ async def jobs(say: Say, *, callers: int, batch: int, calls: int) -> Row:
         before = opened.cpu()
         worked, called = await _both(
             in_child(work, Target(opened.port, opened.worker_key), WorkerPlan(batch, calls, 1, 1, waits_for_all=False)),
-            in_child(call_whole, Target(opened.port, opened.client_key), CallerPlan(callers, calls)),
+            in_child(call_whole, Target(opened.port, opened.client_key), CallerPlan(callers, calls, NAP_S)),
         )
         took = opened.cpu() - before
     return {

@@ -380,7 +380,9 @@ async def _whole(service: Service, call: Call) -> web.StreamResponse:
                     choice.done = one.event
         if not news and call.is_stopped:
             raise stopping()
-    return web.json_response(body=call.choices[0].form.whole([one.body() for one in call.choices], call.usage()))
+    return web.Response(
+        body=call.choices[0].form.whole([one.body() for one in call.choices], call.usage()), content_type="application/json"
+    )
 
 
 class _Streaming:
