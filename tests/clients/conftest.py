@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from mixtral_client import MixtralClient, Retry, Timeouts
+from support.live_server import LiveServer
+from support.redis import RedisProcess, redis_binary
 from support.scripted_api import KEY, ScriptedApi
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A real one, for those who need more than a script."""
+    with (
+        RedisProcess(redis_binary("6.2"), "--appendonly", "no") as redis,
+        LiveServer(tmp_path_factory.mktemp("server"), redis.url) as server,
+    ):
+        yield server
 
 
 @pytest.fixture

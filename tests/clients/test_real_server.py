@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,10 @@ from mixtral_client.protocol import DoneEvent, FrameError, QueuedEvent, TokenEve
 from support.cutting_proxy import CuttingProxy
 from support.live_server import LiveServer
 from support.node import find_node
-from support.redis import RedisProcess, redis_binary
 from support.scripted_worker import FULL_LENGTH, ScriptedWorker, answer_to
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with (
-        RedisProcess(redis_binary("6.2"), "--appendonly", "no") as redis,
-        LiveServer(tmp_path_factory.mktemp("server"), redis.url) as server,
-    ):
-        yield server
 
 
 @pytest.fixture
