@@ -38,6 +38,7 @@ def test_shapes_are_those_of_the_device_unless_named() -> None:
     assert bench_cli.parse(["--device", "cpu"], 1, lambda: True).shapes == ("demo", "large")
     assert bench_cli.parse(["--shapes", "demo"], 1, lambda: True).shapes == ("demo",)
     assert "llama.cpp" not in bench_cli.parse([], 1, lambda: True).peers
+    assert bench_cli.parse(["--peers", "none"], 1, lambda: True).peers == ()
 
 
 def test_a_batchs_figure_counts_what_comes_after_everyones_first_token() -> None:

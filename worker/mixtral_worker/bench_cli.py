@@ -57,7 +57,7 @@ def parse(argv: Sequence[str], ranks: int, has_card: Callable[[], bool]) -> Aske
     )
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the card if there is one (default: auto)")
     flags.add_argument("--shapes", metavar="A,B", help=f"of {', '.join(SHAPES)} (default: those of the device)")
-    flags.add_argument("--peers", metavar="A,B", help=f"of {', '.join(PEERS)} (default: those that are installed)")
+    flags.add_argument("--peers", metavar="A,B", help=f"of {', '.join(PEERS)}; none: this engine alone (default: those that are installed)")
     flags.add_argument("--threads", type=int, default=_processors(), metavar="N", help="for everyone (default: the processors)")
     flags.add_argument("--rounds", type=int, default=5, metavar="N", help="the figures are medians over them (default: 5)")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="of the chats (default: 0)")
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str], ranks: int, has_card: Callable[[], bool]) -> Aske
     device = "cuda" if given.device == "cuda" or (given.device == "auto" and has_card()) else "cpu"
     able = tuple(peer for peer in PEERS if device == "cpu" or peer != "llama.cpp")
     found = tuple(peer for peer in able if importlib.util.find_spec(PEERS[peer]))
-    peers = _chosen("peers", given.peers, tuple(PEERS)) if given.peers else found
+    peers = () if given.peers == "none" else _chosen("peers", given.peers, tuple(PEERS)) if given.peers else found
     if unable := [peer for peer in peers if peer not in able]:
         raise SettingsRefused(f"--peers {unable[0]} is measured on a CPU only; give --device cpu, or leave it out")
     if missing := [peer for peer in peers if peer not in found]:

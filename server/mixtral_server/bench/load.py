@@ -22,6 +22,8 @@ HOST = "127.0.0.1"
 SILENCE_LIMIT_S = 60.0
 _OFFSET = re.compile(rb"\nid: (\d+)\.")
 _STAMP = re.compile(rb'"(?:content|text)":"(\d+)"')
+_UNSTAMPED = "@" * 16
+"""The text of every token until its turn is sent: then the moment of that, monotonic ns in as many digits."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class WorkerResult:
 
 
 def work(target: Target, plan: WorkerPlan) -> WorkerResult:
-    """Answer every job with tokens whose text is the moment at which their turn was sent (monotonic ns)."""
+    """Answer every job with tokens whose text is the moment at which their turn was sent."""
     connection = target.connect()
     login = {
         "endpoint": ENDPOINT, "name": "bench", "protocol": PROTOCOL_VERSION, "version": "1", "model": "none", "device": "none",
@@ -113,7 +115,7 @@ def work(target: Target, plan: WorkerPlan) -> WorkerResult:
             started = started or time.monotonic()
             if plan.turns_per_s:
                 time.sleep(max(0.0, started + turn / plan.turns_per_s - time.monotonic()))
-            texts = ",".join([f'"{time.monotonic_ns()}"'] * plan.tokens_per_frame)
+            texts = ",".join([f'"{_UNSTAMPED}"'] * plan.tokens_per_frame)
             for job, n in list(produced.items()):
                 ending = ""
                 if n + plan.tokens_per_frame >= plan.job_tokens:
@@ -128,7 +130,8 @@ def work(target: Target, plan: WorkerPlan) -> WorkerResult:
         holding = ",".join(f'["{job}",{attempts[job]}]' for job in produced)
         room = plan.slots - len(produced)
         body = f'{{"session":"{session}","turn":{turn},"holding":[{holding}],"frames":[{",".join(frames)}],"room":{room},"telemetry":{{}}}}'
-        answer = call(connection, target.request("POST", "/v1/worker/turn", body.encode()))
+        turn_request = target.request("POST", "/v1/worker/turn", body.encode())
+        answer = call(connection, turn_request.replace(_UNSTAMPED.encode(), b"%016d" % time.monotonic_ns()))
         if answer["drops"] or answer["expect"]:
             raise BenchFailed(f"the server refused frames: drops {answer['drops'][:2]}, expect {answer['expect'][:2]}")
         for job in answer["jobs"]:
