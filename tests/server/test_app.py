@@ -21,12 +21,13 @@ from aiohttp import web
 from mixtral_client.protocol import PROTOCOL_VERSION
 from mixtral_server.app import ROUTES, StartError, serve
 from mixtral_server.door import listen, open_door
+from mixtral_server.keys import Shard
 from mixtral_server.metrics import Metrics
 from mixtral_server.routes.service import Route, Stages
 from mixtral_server.settings import Settings
 from support.http import PATIENCE_S, state_of, text_of, until
 from support.live_server import LiveServer
-from support.redis import RedisProcess, redis_binary
+from support.redis import RedisProcess, connect, redis_binary
 from support.scripted_worker import ScriptedWorker, answer_to
 
 CHAT: dict[str, Any] = {"model": "mixtral_chat", "messages": [{"role": "user", "content": "hello"}]}
@@ -474,8 +475,9 @@ async def test_waiting_worker_turn_is_answered_when_the_server_closes(empty_redi
             async with http.post("/v1/worker/sessions", json=login) as answer:
                 session = (await answer.json())["session"]
             turn = asyncio.create_task(http.post("/v1/worker/turn", json={"session": session, "turn": 1, "room": 1}))
-            async with http.get("/readyz?workers=1"):  # the turn is on its way once this was answered
-                pass
+            async with connect(empty_redis) as redis, asyncio.timeout(PATIENCE_S):
+                while await redis.hget(Shard("mixtral_chat").key(f"session:{session}"), "turn") != "1":  # noqa: ASYNC110 - of another thread
+                    await asyncio.sleep(0.01)
             server.leave()
             answer = await asyncio.wait_for(turn, PATIENCE_S)
             assert (answer.status, (await answer.json())["jobs"]) == (200, [])

@@ -60,7 +60,7 @@ async def test_answered_calls_leave_nothing_to_the_garbage_collector(client: ope
             await client.chat.completions.create(**chat("hello"))
             async for _ in await client.chat.completions.create(**chat("hello"), stream=True):
                 pass
-        await until(lambda: not any(isinstance(one, Follower | Choice) for one in gc.get_objects()))
+        await until(lambda: not any(type(one) in (Follower, Choice) for one in gc.get_objects()))
     finally:
         gc.enable()
 
