@@ -276,8 +276,8 @@ class JobQueue:
             telemetry_json(request.telemetry),
             self._limits(shard.endpoint).batch_wait_ms,
             asker,
-            orjson.dumps(request.holding),
-            *packed(request.frames),
+            orjson.dumps([part for pair in request.holding for part in pair]),
+            packed(request.frames),
         )
         if reply[0] == "lapsed":
             raise _session_lapsed(request.session)

@@ -7,6 +7,7 @@ scripts do to lua/ and when they run to queue.py. Pure: no I/O, no clock.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 
 from mixtral_client.protocol import (
     CALLER_ERRORS,
+    MAX_COUNT,
     Drop,
     ErrorDetail,
     Expect,
@@ -38,6 +40,11 @@ MAX_TELEMETRY_BYTES = 4096
 MAX_FRAME_TEXT_BYTES = 4096
 MAX_TOKEN_TEXT_BYTES = 256
 """A frame's texts hold at most the first plus as many of the second as it has ids; a stop string held back comes all at once."""
+
+
+_HEAD = struct.Struct(">HIIIIiiBIIII")
+_ENDINGS = {None: 0, "stop": 1, "length": 2, "error": 3, "release": 4}
+"""As lua/append.lua reads them."""
 
 
 class Parameters(BaseModel):
@@ -453,24 +460,32 @@ def telemetry_json(telemetry: Mapping[str, Any]) -> str:
     return text if telemetry and len(text) <= MAX_TELEMETRY_BYTES else ""
 
 
-def packed(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
-    """What turn.lua reads of frames: their heads as JSON, and in one string what it stores as it is: ids, texts, logprobs, error."""
-    heads: list[str | int] = []
-    bodies: list[bytes] = []
+def packed(frames: Sequence[Frame]) -> bytes:
+    """What turn.lua reads of frames, one behind the other: a head of numbers, then what is stored as it is: ids, texts, logprobs, error."""
+    parts: list[bytes] = []
     for frame in frames:
         size = len("".join(frame.texts).encode())
         if size > MAX_FRAME_TEXT_BYTES + MAX_TOKEN_TEXT_BYTES * len(frame.ids):
             frame, size = _failed_by(frame, size), 0
-        ids, texts = orjson.dumps(frame.ids), orjson.dumps(frame.texts)
+        job, ids, texts = frame.job.encode(), orjson.dumps(frame.ids), orjson.dumps(frame.texts)
         logprobs = orjson.dumps(frame.logprobs) if frame.logprobs else b""
         error = _error_detail(frame.error).model_dump_json(exclude_none=True).encode() if frame.error else b""
-        ending = "error" if frame.error else "release" if frame.release else frame.finish or ""
-        prompt_tokens = "" if frame.prompt_tokens is None else frame.prompt_tokens
-        dropped = "" if frame.dropped_messages is None else min(frame.dropped_messages, 2**31)
-        counts = (frame.attempt, frame.offset, len(frame.ids), size, prompt_tokens, dropped)
-        heads += (frame.job, *counts, ending, len(ids), len(texts), len(logprobs), len(error))
-        bodies += (ids, texts, logprobs, error)
-    return orjson.dumps(heads), b"".join(bodies)
+        head = _HEAD.pack(
+            len(job),
+            frame.attempt,
+            frame.offset,
+            len(frame.ids),
+            size,
+            -1 if frame.prompt_tokens is None else frame.prompt_tokens,
+            -1 if frame.dropped_messages is None else min(frame.dropped_messages, MAX_COUNT),
+            _ENDINGS["error" if error else "release" if frame.release else frame.finish],
+            len(ids),
+            len(texts),
+            len(logprobs),
+            len(error),
+        )
+        parts += (head, job, ids, texts, logprobs, error)
+    return b"".join(parts)
 
 
 def _failed_by(frame: Frame, size: int) -> Frame:

@@ -1,7 +1,22 @@
 -- Frames into logs. The answer to a frame depends on the log alone: offset n+1 is appended, up to n is a repeat, beyond is refused
 -- with the offset expected.
 
+-- A frame as records.py packs it: this head, then as many bytes of job, ids, texts, logprobs and error detail as it says. -1: not said.
+local HEAD = '>HI4I4I4I4i4i4BI4I4I4I4' -- size of job, attempt, offset, count, bytes of text, prompt tokens, dropped, ending, four sizes
+local ENDINGS = {[0] = '', 'stop', 'length', 'error', 'release'}
+
+local sub, format = string.sub, string.format
+local numbers = {} -- what text says, where many frames say the same
 local appended = 0
+
+local function number(text)
+  local known = numbers[text]
+  if not known then
+    known = tonumber(text)
+    numbers[text] = known
+  end
+  return known
+end
 
 -- A JSON array of numbers or strings → its part from the skip+1st to the last, JSON, and the bytes of that part's strings.
 local function cut(json, skip, last)
@@ -13,6 +28,19 @@ local function cut(json, skip, last)
     end
   end
   return cjson.encode(part), bytes
+end
+
+-- Offsets n+1 to last into the log, and to those who listen. ids, texts, and logprobs or '': JSON.
+local function log(id, n, last, ids, texts, logprobs)
+  local more = ''
+  if logprobs == '' then
+    call('XADD', log_key(id), format('%d-0', last), 'ids', ids, 'texts', texts)
+  else
+    call('XADD', log_key(id), format('%d-0', last), 'ids', ids, 'texts', texts, 'logprobs', logprobs)
+    more = ',' .. logprobs
+  end
+  if is_heard then appends[#appends + 1] = '["' .. id .. '",' .. n + 1 .. ',' .. ids .. ',' .. texts .. more .. ']' end
+  appended = appended + last - n
 end
 
 -- What of the frame the log lacks, as far as the job's max tokens allow. The frame is marked: 'a' appended as it is, 'c' cut.
@@ -31,16 +59,18 @@ local function append_tokens(frame, job)
     if logprobs ~= '' then logprobs = cut(logprobs, skip, last) end
   end
   job.n, job.bytes = n + last - skip, job.bytes + size
-  if logprobs == '' then
-    call('XADD', log_key(job.id), job.n .. '-0', 'ids', ids, 'texts', texts)
-  else
-    call('XADD', log_key(job.id), job.n .. '-0', 'ids', ids, 'texts', texts, 'logprobs', logprobs)
-  end
-  if is_heard then
-    local more = logprobs ~= '' and ',' .. logprobs or ''
-    appends[#appends + 1] = '["' .. job.id .. '",' .. (n + 1) .. ',' .. ids .. ',' .. texts .. more .. ']'
-  end
-  appended = appended + job.n - n
+  log(job.id, n, job.n, ids, texts, logprobs)
+end
+
+-- A frame of nothing but the next tokens of a chat that runs, as nearly all are. False: append() must look at it.
+local function append_next(id, offset, count, bytes, ids, texts, logprobs)
+  local key = job_key(id)
+  local values = call('HMGET', key, 'n', 'bytes', 'max', 'state')
+  local n = offset + count - 1
+  if tonumber(values[1]) ~= offset - 1 or n < offset or n > number(values[3]) or values[4] ~= 'streaming' then return false end
+  log(id, offset - 1, n, ids, texts, logprobs)
+  call('HSET', key, 'n', format('%d', n), 'bytes', format('%d', values[2] + bytes))
+  return true
 end
 
 -- What append() must know of a job that goes on.
@@ -55,7 +85,7 @@ local function write_more(frame, job, before)
   local fields = {'n', job.n, 'bytes', job.bytes, 'state', job.state}
   local first = before == 0 and job.n > 0 and now or ''
   for name, value in pairs({prompt_tokens = frame.prompt_tokens, dropped = frame.dropped, first = first}) do
-    if value ~= '' then
+    if value ~= -1 and value ~= '' then
       job[name] = value
       fields[#fields + 1], fields[#fields + 2] = name, value
     end
@@ -68,7 +98,7 @@ local function append(frame)
   local job = frame.ending == '' and load_length(frame.job) or load_job(frame.job)
   local before = job.n
   append_tokens(frame, job)
-  if frame.prompt_tokens ~= '' or frame.dropped ~= '' or job.state == 'leased' then
+  if frame.prompt_tokens >= 0 or frame.dropped >= 0 or job.state == 'leased' then
     write_more(frame, job, before)
   elseif job.n > before then
     call('HSET', job_key(job.id), 'n', job.n, 'bytes', job.bytes)

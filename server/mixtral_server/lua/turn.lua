@@ -1,7 +1,6 @@
 -- One exchange with a worker: frames in, lease renewed, jobs out.
 -- ARGV: session, key, turn, room, lease, most jobs per answer, telemetry, linger of whole batches, the process that asks or '' if it does not
---       listen, (job, attempt) of each held as JSON, heads of all frames (below) in one JSON array, and in one string ids, texts,
---       logprobs or '' and error detail of each frame
+--       listen, job and attempt of each that it holds in one flat JSON array, and all frames, packed (below)
 -- → {'lapsed'}, {'stale'} or {'ok', jobs, drops, expects, drain, ms after which to come again for a batch that is filling, a mark for each
 --   frame ('a' appended, 'c' cut, '-' not), other news as JSON}
 
@@ -15,8 +14,8 @@ use_reserve()
 move_times()
 call('ZADD', t .. ':sessions', now + ARGV[5], session)
 
-local held = table_of(call('HGETALL', held_key(session)))
-for job, attempt in pairs(held) do held[job] = tonumber(attempt) end
+local held, held_flat = {}, call('HGETALL', held_key(session))
+for i = 1, #held_flat, 2 do held[held_flat[i]] = number(held_flat[i + 1]) end
 local drops, expects, known = {}, {}, {}
 
 local function drop(job, attempt)
@@ -31,38 +30,45 @@ end
 asker = ARGV[9]
 is_heard = asker == '' or call('PUBSUB', 'NUMSUB', t .. ':live')[2] > 1
 local marks, released = {}, false
-local bodies, body_at = ARGV[12], 1
+local frames, at = ARGV[11], 1
 
-local function body(size)
-  if size == 0 then return '' end
-  body_at = body_at + size
-  return string.sub(bodies, body_at - size, body_at - 1)
+-- The next so many bytes.
+local function text(size)
+  at = at + size
+  return sub(frames, at - size, at - 1)
 end
 
-local heads = cjson.decode(ARGV[11])
-for at = 1, #heads, 12 do
-  local frame = {
-    job = heads[at], attempt = heads[at + 1], offset = heads[at + 2], count = heads[at + 3], bytes = heads[at + 4],
-    prompt_tokens = heads[at + 5], dropped = heads[at + 6], ending = heads[at + 7], ids = body(heads[at + 8]),
-    texts = body(heads[at + 9]), logprobs = body(heads[at + 10]), detail = body(heads[at + 11]), mark = '-',
-  }
-  if held[frame.job] == frame.attempt then
-    local ended, expected = append(frame)
-    if ended then held[frame.job] = nil end
-    if expected then expects[#expects + 1] = {frame.job, expected} end
-    released = released or frame.ending == 'release'
+while at <= #frames do
+  local job_size, attempt, offset, count, bytes, prompt_tokens, dropped, ending, ids_size, texts_size, logprobs_size, detail_size
+  job_size, attempt, offset, count, bytes, prompt_tokens, dropped, ending, ids_size, texts_size, logprobs_size, detail_size, at =
+    struct.unpack(HEAD, frames, at)
+  local job, ids, texts = text(job_size), text(ids_size), text(texts_size)
+  local logprobs, detail = logprobs_size > 0 and text(logprobs_size) or '', detail_size > 0 and text(detail_size) or ''
+  local mark = '-'
+  if held[job] ~= attempt then
+    drop(job, attempt)
+  elseif ending == 0 and prompt_tokens < 0 and dropped < 0 and append_next(job, offset, count, bytes, ids, texts, logprobs) then
+    mark = 'a'
   else
-    drop(frame.job, frame.attempt)
+    local frame = {
+      job = job, attempt = attempt, offset = offset, count = count, bytes = bytes, prompt_tokens = prompt_tokens, dropped = dropped,
+      ending = ENDINGS[ending], ids = ids, texts = texts, logprobs = logprobs, detail = detail, mark = mark,
+    }
+    local ended, expected = append(frame)
+    if ended then held[job] = nil end
+    if expected then expects[#expects + 1] = {job, expected} end
+    released = released or frame.ending == 'release'
+    mark = frame.mark
   end
-  marks[#marks + 1] = frame.mark
+  marks[#marks + 1] = mark
 end
 count(t .. ':totals', 'tokens', appended)
 
 -- What the worker has and should not, and the other way round.
 local has = {}
 local holding = cjson.decode(ARGV[10])
-for _, pair in ipairs(holding) do
-  local job, attempt = pair[1], pair[2]
+for i = 1, #holding, 2 do
+  local job, attempt = holding[i], holding[i + 1]
   if held[job] == attempt then has[job] = true else drop(job, attempt) end
 end
 local lacks, running = {}, 0
@@ -103,7 +109,7 @@ local ids, replies = {}, {}
 for i, job in ipairs(jobs) do ids[i], replies[i] = job.id, job_reply(job) end
 call('HSET', session_key(session), 'turn', turn, 'room', room, 'sent', table.concat(ids, ' '))
 if ARGV[7] ~= '' then call('HSET', session_key(session), 'telemetry', ARGV[7]) end
-if #heads + #holding + #jobs == 0 then wait_for_work() end -- before conclude(): what this turn gave back wakes it too
+if #frames + #holding + #jobs == 0 then wait_for_work() end -- before conclude(): what this turn gave back wakes it too
 conclude()
 
 return {
