@@ -142,7 +142,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 def request_id_of(request: web.Request) -> str:
     """The caller's own id when it is a plain word, else a new one."""
     given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req-{token_hex(8)}"
+    return given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req-{token_hex(8)}"
 
 
 def _note(metrics: Metrics, request: web.Request, status: int, seconds: float) -> None:

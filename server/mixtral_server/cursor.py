@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mixtral_client.protocol import DoneEvent, ErrorEvent, MovedEvent, QueuedEvent, RewindEvent, event_id, ids_crc
-from mixtral_server.records import Entry, Snapshot
+from mixtral_server.records import Appended, Entry, Snapshot
 
 TokenRow: TypeAlias = tuple[int, int, str]
 """Offset, crc and text of one token."""
@@ -81,7 +81,7 @@ class Cursor:
             texts = [text for entry in snapshot.entries for text in entry.texts]
             logprobs = [one for entry in snapshot.entries for one in entry.logprobs or ()]
             whole = logprobs if len(logprobs) == len(texts) else None  # a worker that has none to give may have made a part
-            tokens = self.add(Entry(snapshot.entries[0].first, snapshot.ids, texts, whole))
+            tokens = self.add(Entry(snapshot.entries[0].offset, snapshot.ids, texts, whole))
             if tokens is None:
                 return None
             if tokens:
@@ -92,12 +92,12 @@ class Cursor:
         self._moves = moves
         return events
 
-    def add(self, entry: Entry) -> Tokens | None:
+    def add(self, entry: Appended) -> Tokens | None:
         """What of the entry is new to the reader, perhaps nothing. None when tokens before it are missing, or those sent were others."""
         ids, texts, logprobs = entry.ids, entry.texts, entry.logprobs
-        known = len(self._ids) - entry.first + 1
+        known = len(self._ids) - entry.offset + 1
         if known:
-            sent = self._ids[entry.first - 1 : entry.first - 1 + len(ids)]
+            sent = self._ids[entry.offset - 1 : entry.offset - 1 + len(ids)]
             if known < 0 or sent != array("I", ids[:known]):
                 return None
             ids, texts, logprobs = ids[known:], texts[known:], logprobs and logprobs[known:]

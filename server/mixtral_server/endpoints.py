@@ -175,6 +175,11 @@ class EndpointConfig(BaseModel):
         """Fields of the protocol's Sampling as the endpoint would have them."""
         return {name: getattr(self, name) for name in Sampling.model_fields if hasattr(self, name)}
 
+    @cached_property
+    def honoured(self) -> dict[tuple[float, ...], bool]:
+        """What aime_jobs.py found out of sampling and length that jobs asked for: it is looked up for every job that is put."""
+        return {}
+
     @property
     def job_types(self) -> frozenset[str]:
         """By which AIME workers name it."""

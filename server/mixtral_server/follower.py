@@ -19,7 +19,7 @@ from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
 from mixtral_server.cursor import Cursor, Followed, Notice, Tokens
 from mixtral_server.errors import JobNotFound, RedisUnavailable
 from mixtral_server.queue import JobQueue
-from mixtral_server.records import Ending, Entry, Snapshot
+from mixtral_server.records import Appended, Ending, Snapshot
 
 LOOK_EVERY_S = 5.0
 """A follower reads the log this often without news: a lost last message must not hang a reader."""
@@ -63,7 +63,7 @@ class Follower:
         self._limit: asyncio.Timeout | None = None  # of the question to Redis under way
         self._told_at = 0.0
         self._refused: Tokens | None = None  # by the sink
-        self._news: list[Entry | Ending] = []
+        self._news: list[Appended | Ending] = []
         self._news_tokens = 0
         self._has_begun = is_new
         self._must_look = self._must_start_over = not is_new
@@ -75,7 +75,7 @@ class Follower:
 
     # ------------------------------------------------------------------------------------------ what the relay tells
 
-    def hear(self, entry: Entry) -> None:
+    def hear(self, entry: Appended) -> None:
         """Tokens were appended."""
         if self._must_look:
             return  # the log has them

@@ -88,9 +88,9 @@ class Put:
 
 
 class Entry(NamedTuple):
-    """Tokens of one log entry; offset of ids[0] is first. texts has one text per id, so has logprobs where the job asked for them."""
+    """Tokens of one log entry; offset is that of ids[0]. texts has one text per id, so has logprobs where the job asked for them."""
 
-    first: int
+    offset: int
     ids: Sequence[int]
     texts: Sequence[str]
     logprobs: Sequence[str] | None = None
@@ -117,7 +117,9 @@ class Ending(NamedTuple):
         return _timings(self.created_ms, self.started_ms, self.first_ms, self.ended_ms)
 
 
-News: TypeAlias = tuple[str, Entry | Ending | None]
+Appended: TypeAlias = Entry | Frame
+"""What went into a log. A frame that was appended as it is says of it what an entry does."""
+News: TypeAlias = tuple[str, Appended | Ending | None]
 """Of a job: what was appended, that it is done, or that its log has something new."""
 
 
@@ -372,11 +374,7 @@ def news_of(row: Sequence[Any]) -> News:
 
 def news_of_turn(frames: Sequence[Frame], marks: str, others: str) -> list[News]:
     """marks: of each frame; others: JSON."""
-    news: list[News] = [
-        (frame.job, Entry(frame.offset, frame.ids, frame.texts, frame.logprobs or None) if mark == "a" else None)
-        for frame, mark in zip(frames, marks, strict=True)
-        if mark != "-"
-    ]
+    news: list[News] = [(frame.job, frame if mark == "a" else None) for frame, mark in zip(frames, marks, strict=True) if mark != "-"]
     if others != "[]":
         news += map(news_of, orjson.loads(others))
     return news

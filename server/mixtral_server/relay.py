@@ -23,7 +23,7 @@ from mixtral_server.cursor import Cursor
 from mixtral_server.follower import Follower
 from mixtral_server.keys import Shard
 from mixtral_server.queue import JobQueue
-from mixtral_server.records import Ending, Entry, News, news_of
+from mixtral_server.records import Ending, News, news_of
 from mixtral_server.redis_client import RedisClient
 from mixtral_server.redis_nodes import AnyRedis
 from mixtral_server.tasks import end
@@ -128,12 +128,12 @@ class Relay:
         for job_id, what in news:
             for follower in self._followers.get(job_id, ()):
                 match what:
-                    case Entry():
-                        follower.hear(what)
-                    case Ending():
-                        follower.hear_end(what)
                     case None:
                         follower.look()
+                    case Ending():
+                        follower.hear_end(what)
+                    case _:
+                        follower.hear(what)
 
     # ------------------------------------------------------------------------------------------ parked turns
 

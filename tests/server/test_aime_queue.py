@@ -226,7 +226,7 @@ async def test_log_is_the_last_text_whatever_a_worker_says_on_its_way(bench: Ben
         record = await bench.queue.read(job_id)
         assert (record.state, record.text) == ("done", text), seed
         assert record.n == sum(len(entry.ids) for entry in record.entries) <= most
-        assert [entry.first for entry in record.entries] == [
+        assert [entry.offset for entry in record.entries] == [
             1 + sum(len(one.ids) for one in record.entries[:at]) for at in range(len(record.entries))
         ]
 

@@ -292,8 +292,8 @@ async def test_reading_after_an_offset_gives_the_entries_that_reach_beyond_it(be
     [job] = await worker.take()
     for offset, letters in ((1, "abc"), (4, "de"), (6, "f")):
         await worker.turn(frame(job, offset, letters))
-    assert [(entry.first, "".join(entry.texts)) for entry in (await bench.queue.read(job_id, 3)).entries] == [(4, "de"), (6, "f")]
-    assert [entry.first for entry in (await bench.queue.read(job_id, 4)).entries] == [4, 6]
+    assert [(entry.offset, "".join(entry.texts)) for entry in (await bench.queue.read(job_id, 3)).entries] == [(4, "de"), (6, "f")]
+    assert [entry.offset for entry in (await bench.queue.read(job_id, 4)).entries] == [4, 6]
     assert (await bench.queue.read(job_id, 6)).entries == ()
     await worker.turn(frame(job, 7, "", finish="stop"))
     assert (await bench.queue.read(job_id, 6)).entries == ()
@@ -328,7 +328,7 @@ async def test_a_frame_that_overlaps_the_log_adds_only_its_new_tail(bench: Bench
     snapshot = await bench.queue.read(job_id)
     assert snapshot.text == 'añb/"\n'
     assert snapshot.ids == [ord(letter) for letter in 'añb/"\n']
-    assert [entry.first for entry in snapshot.entries] == [1, 4]
+    assert [entry.offset for entry in snapshot.entries] == [1, 4]
     assert int(await bench.redis.hget(bench.shard.key(f"job:{job_id}"), "bytes")) == len('añb/"\n'.encode())
 
 

@@ -312,7 +312,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert snapshot.text == "".join(map(text_of, job.ids))
         offset = 1
         for entry in snapshot.entries:
-            assert entry.first == offset
+            assert entry.offset == offset
             offset += len(entry.ids)
 
     def teardown(self) -> None:

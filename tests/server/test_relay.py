@@ -633,7 +633,7 @@ async def test_without_work_a_parked_turn_is_let_go_when_its_time_is_over(relay:
 
 def snapshot_of(log: list[Entry], after: int, attempt: int = 1) -> Snapshot:
     n = sum(len(entry.ids) for entry in log)
-    entries = tuple(entry for entry in log if entry.first + len(entry.ids) - 1 > after)
+    entries = tuple(entry for entry in log if entry.offset + len(entry.ids) - 1 > after)
     return Snapshot("j", ENDPOINT, "ann", "", "streaming", 0, 0.0, attempt, n, entries)
 
 

@@ -730,7 +730,7 @@ class Frame(Wire):
             raise ValueError(f"a frame has one text per id; got {len(self.ids)} ids and {len(self.texts)} texts")
         if self.logprobs is not None and len(self.logprobs) != len(self.ids):
             raise ValueError(f"a frame has logprobs of every id or of none; got {len(self.ids)} ids and {len(self.logprobs)} logprobs")
-        if sum((self.finish is not None, self.error is not None, self.release)) > 1:
+        if (self.finish is not None) + (self.error is not None) + self.release > 1:
             raise ValueError("a frame ends its job in one way: give at most one of finish, error and release")
         return self
 

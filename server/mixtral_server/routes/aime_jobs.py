@@ -35,6 +35,8 @@ CHAT_OUTPUTS: Mapping[str, Output] = {
 CHAT_PROGRESS: Mapping[str, Output] = {"text": Output(type="string"), "num_generated_tokens": Output(type="integer")}
 
 _TOLD_SAMPLING = ("temperature", "top_p", "top_k")
+_TOLD = (*_TOLD_SAMPLING, "max_gen_tokens")
+MAX_HONOURED = 1000
 
 
 def _defaults(model: type[BaseModel], *told: str) -> dict[str, Any]:
@@ -46,6 +48,7 @@ _UNTOLD_SAMPLING = _defaults(Sampling, *_TOLD_SAMPLING)
 """What an AIME worker is never told, and what it is where nobody asked for it. A seed that was drawn is no wish of anybody's."""
 
 _untold, _NOTHING_UNTOLD = attrgetter(*_UNTOLD), tuple(_UNTOLD.values())  # of every job that is put: it must be quick
+_told_sampling = attrgetter(*_TOLD_SAMPLING)
 _untold_sampling, _NOTHING_SAMPLED = attrgetter(*_UNTOLD_SAMPLING), tuple(_UNTOLD_SAMPLING.values())
 
 
@@ -68,8 +71,16 @@ def needs_native(content: JobContent, endpoint: EndpointConfig) -> bool:
         return False
     if isinstance(content.prompt, list) or _untold(content) != _NOTHING_UNTOLD or _untold_sampling(content.sampling) != _NOTHING_SAMPLED:
         return True
-    told = _told(content) | {"prompt_input": content.prompt, "chat_context": content.messages}
-    return any(not _is_honoured(name, value, endpoint) for name, value in told.items() if value is not None)
+    name, asked = ("prompt_input", content.prompt) if content.messages is None else ("chat_context", content.messages)
+    if not _is_honoured(name, asked, endpoint):
+        return True
+    told = (*_told_sampling(content.sampling), content.max_tokens)
+    known = endpoint.honoured.get(told)
+    if known is None:
+        if len(endpoint.honoured) >= MAX_HONOURED:
+            endpoint.honoured.clear()
+        known = endpoint.honoured[told] = all(_is_honoured(name, value, endpoint) for name, value in zip(_TOLD, told, strict=True))
+    return not known
 
 
 def _is_honoured(name: str, value: object, endpoint: EndpointConfig) -> bool:
@@ -98,7 +109,7 @@ def _chat_data(spec: JobSpec) -> dict[str, Any]:
 
 
 def _told(spec: JobSpec) -> dict[str, Any]:
-    return {**{name: getattr(spec.sampling, name) for name in _TOLD_SAMPLING}, "max_gen_tokens": spec.max_tokens}
+    return dict(zip(_TOLD, (*_told_sampling(spec.sampling), spec.max_tokens), strict=True))
 
 
 def _context(messages: list[ChatMessage]) -> list[dict[str, str]]:

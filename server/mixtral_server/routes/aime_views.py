@@ -38,7 +38,7 @@ class Texts:
         if job.anew != anew or job.n < tokens:  # the latter: a Redis that came back without its last second
             tokens, text = 0, ""
             job = await self._queue.read(job_id)
-        text += "".join(one for entry in job.entries for one in entry.texts[max(0, tokens - entry.first + 1) :])
+        text += "".join(one for entry in job.entries for one in entry.texts[max(0, tokens - entry.offset + 1) :])
         self._forget(job_id)
         if not job.terminal:
             self._keep(job_id, (job.anew, job.n, text))

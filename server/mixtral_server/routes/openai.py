@@ -322,6 +322,8 @@ class Call:
     def usage(self) -> Usage:
         """Of all answers, each prompt counted once."""
         usages = [one.done.usage for one in self.choices if one.done is not None]
+        if len(usages) == 1:
+            return usages[0]
         prompts = usages[:: self._per_prompt]
         prompt, completion = sum(one.prompt_tokens for one in prompts), sum(one.completion_tokens for one in usages)
         dropped = sum(one.dropped_messages for one in prompts)

@@ -24,6 +24,8 @@ from mixtral_client.protocol import (
 from mixtral_server.endpoints import EndpointConfig
 from mixtral_server.errors import RequestRefused
 
+_SAMPLING = frozenset(Sampling.model_fields)
+
 
 def chat_specs(wanted: ChatRequest, endpoint: EndpointConfig, new_seed: Callable[[], int]) -> list[JobSpec]:
     """A job for each of the n answers."""
@@ -134,7 +136,7 @@ def _spec(
         raise RequestRefused(
             f"min_tokens may be as high as {max_tokens_name} at most, {max_tokens:,} here; got {wanted.min_tokens:,}", param="min_tokens"
         )
-    asked = {name: value for name in Sampling.model_fields if (value := getattr(wanted, name)) is not None}
+    asked = {name: value for name in wanted.model_fields_set & _SAMPLING if (value := getattr(wanted, name)) is not None}
     return JobSpec(
         messages=None if messages is None else list(messages),
         prompt=prompt,

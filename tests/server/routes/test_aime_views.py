@@ -15,7 +15,7 @@ async def test_poll_reads_new_tokens_alone_and_says_the_whole_text(bench: Bench)
     assert (await texts.look(job_id))[1] == "abc"
     await worker.turn(frame(job, 4, "de"))
     record, text = await texts.look(job_id)
-    assert ([entry.first for entry in record.entries], text) == ([4], "abcde")
+    assert ([entry.offset for entry in record.entries], text) == ([4], "abcde")
     record, text = await texts.look(job_id)
     assert (record.entries, text) == ((), "abcde")
 
