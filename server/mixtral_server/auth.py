@@ -71,6 +71,7 @@ class KeyRing:
         self._clock = clock
         self._away = away
         self._by_hash: dict[str, ApiKey] = {}
+        self._known: dict[str, ApiKey] = {}  # by the secret itself: those of this snapshot that were asked for
         self._read_at: float | None = None
         self._reading = asyncio.Lock()
         self._next_look_at = clock()
@@ -84,6 +85,7 @@ class KeyRing:
         """Raises what the database raises."""
         asked_at = self._clock()
         self._by_hash = {key.sha256: key for key in await self._read()}
+        self._known = {}
         self._read_at = asked_at
 
     async def keep_fresh(self) -> None:
@@ -109,16 +111,18 @@ class KeyRing:
 
     async def find(self, secret: str) -> ApiKey | None:
         """The live key with this secret. Raises Unavailable when the snapshot is too old to go by."""
-        wanted = hash_of(secret)
-        if wanted not in self._by_hash:
-            await self._look_again()  # it may have been made a moment ago
+        if secret not in self._known:
+            wanted = hash_of(secret)
+            if wanted not in self._by_hash:
+                await self._look_again()  # it may have been made a moment ago
+            if (key := self._by_hash.get(wanted)) is not None:
+                self._known[secret] = key
         if self.age_s is None or self.age_s > self._settings.key_stale_s:
             raise Unavailable(
                 f"the database with the keys has been away for more than {self._settings.key_stale_s:.0f} s; try again when it is back",
                 retry_after_s=5,
             )
-        key = self._by_hash.get(wanted)
-        return key if key is not None and hmac.compare_digest(key.sha256, wanted) else None
+        return self._known.get(secret)
 
     async def _look_again(self) -> None:
         """A snapshot that began after this call. Guessing costs the database ten reads a second, however many guess."""

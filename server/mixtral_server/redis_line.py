@@ -19,6 +19,9 @@ from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, DefaultParser
 from redis.asyncio.retry import Retry
 
+LONG_BYTES = 2048
+"""A longer command is sent at once: it is a turn of many frames, for which readers wait, and the loop's next round is some way off."""
+
 Answer: TypeAlias = "asyncio.Future[Any]"
 
 
@@ -43,13 +46,16 @@ class _Wire(asyncio.Protocol):
         if not self._unsent:
             self._loop.call_soon(self._send)
         self._unsent.append(command)
+        if len(command) >= LONG_BYTES:
+            self._send()
         answer = self._loop.create_future()
         self._awaited.append(answer)
         return answer
 
     def _send(self) -> None:
-        self._transport.write(b"".join(self._unsent))
-        self._unsent.clear()
+        if self._unsent:
+            self._transport.write(b"".join(self._unsent))
+            self._unsent.clear()
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)

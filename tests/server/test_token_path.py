@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -12,6 +13,7 @@ import orjson
 import pytest
 
 from mixtral_client.protocol import PROTOCOL_VERSION, TurnAnswer
+from mixtral_server.routes import worker
 from support.http import until
 from support.live_server import LiveServer
 from support.redis import connect
@@ -84,13 +86,13 @@ async def other(server: LiveServer, tmp_path: Path) -> AsyncIterator[LiveServer]
 async def test_a_turn_is_one_round_trip_to_redis(server: LiveServer) -> None:
     client = connect(server.settings.redis_url)
     reading = Reading(server)
-    async with OneJob(server) as worker:
-        await worker.take()
-        await worker.say(1, "a")
+    async with OneJob(server) as box:
+        await box.take()
+        await box.say(1, "a")
         await reading.until(b'"a"')
         async with client.monitor() as monitor:
-            await worker.say(2, "b")
-            await worker.say(3, "c", finish="stop")
+            await box.say(2, "b")
+            await box.say(3, "c", finish="stop")
             await reading.end()
             await client.execute_command("ECHO", "over")
             seen = []
@@ -98,7 +100,7 @@ async def test_a_turn_is_one_round_trip_to_redis(server: LiveServer) -> None:
                 while (command := await monitor.next_command())["command"] != "ECHO over":
                     seen.append(command)
     await client.aclose()
-    asked = [one["command"] for one in seen if one["client_type"] != "lua" and (worker.session in str(one) or worker.job in str(one))]
+    asked = [one["command"] for one in seen if one["client_type"] != "lua" and (box.session in str(one) or box.job in str(one))]
     assert [command.split()[0].upper() for command in asked] == ["EVALSHA", "EVALSHA"]  # nor does the reader ask for the job's end
     assert not [one for one in seen if one["command"].upper().startswith("PUBLISH") and ":live" in one["command"]]
 
@@ -106,29 +108,32 @@ async def test_a_turn_is_one_round_trip_to_redis(server: LiveServer) -> None:
 def count_parses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is parsed from now on and has the mark in it."""
     parsed: list[str] = []
-    loads = orjson.loads
 
-    def counted(text: bytes | str) -> Any:
-        said = text if isinstance(text, str) else bytes(text).decode()
-        if MARK in said:
-            parsed.append(said)
-        return loads(text)
+    def counting(parse: Callable[[bytes | str], Any]) -> Callable[[bytes | str], Any]:
+        def counted(text: bytes | str) -> Any:
+            said = text if isinstance(text, str) else bytes(text).decode()
+            if MARK in said:
+                parsed.append(said)
+            return parse(text)
 
-    monkeypatch.setattr(orjson, "loads", counted)
+        return counted
+
+    monkeypatch.setattr(orjson, "loads", counting(orjson.loads))
+    monkeypatch.setattr(worker, "TURN", SimpleNamespace(read=counting(worker.TURN.read)))  # a turn that it hands on is counted again
     return parsed
 
 
 async def parses_of_a_token(read_at: LiveServer, made_at: LiveServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What of the middle one of three tokens is parsed anywhere, with its reader at one server and its worker at another or the same."""
     reading = Reading(read_at)
-    async with OneJob(made_at) as worker:
-        await worker.take()
-        await worker.say(1, "a")
+    async with OneJob(made_at) as box:
+        await box.take()
+        await box.say(1, "a")
         await reading.until(b'"a"')
         parsed = count_parses(monkeypatch)
-        await worker.say(2, MARK)
+        await box.say(2, MARK)
         await reading.until(MARK.encode())
-        await worker.say(3, "c", finish="stop")
+        await box.say(3, "c", finish="stop")
         await reading.end()
     return parsed
 

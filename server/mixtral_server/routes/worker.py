@@ -14,11 +14,13 @@ from mixtral_server.auth import Caller
 from mixtral_server.errors import ModelNotFound, RedisUnavailable, RequestRefused, SessionLapsed, TooManySessions
 from mixtral_server.keys import shard_of
 from mixtral_server.records import Turned
-from mixtral_server.routes.body import model_of, read_body, read_model
+from mixtral_server.routes.body import read_body, read_model
 from mixtral_server.routes.operation import Answer, Operation
+from mixtral_server.routes.quick import QuickReader
 from mixtral_server.routes.service import Route, Service
 
 OLDEST_PROTOCOL = 2  # an older worker would ignore what a job asks for beyond temperature, top_p and top_k
+TURN = QuickReader(TurnRequest)
 
 
 async def open_session(service: Service, request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -39,7 +41,7 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
     """Answers at once when there is anything to report or to tell; else waits for work, claiming anew now and then."""
     raw = await read_body(request, limit_bytes=service.settings.worker_body_limit_bytes, timeout_s=service.settings.body_timeout_s)
     try:
-        wanted = model_of(raw, TurnRequest)
+        wanted = TURN.read(raw)
     except RequestRefused:
         await service.offences.unreadable(raw, key_of(caller))
         raise
