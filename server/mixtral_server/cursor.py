@@ -92,8 +92,20 @@ class Cursor:
         self._moves = moves
         return events
 
+    @property
+    def mark(self) -> tuple[int, int]:
+        """Two are equal only where the same ids were sent."""
+        return len(self._ids), self._crc
+
     def add(self, entry: Appended) -> Tokens | None:
         """What of the entry is new to the reader, perhaps nothing. None when tokens before it are missing, or those sent were others."""
+        tokens = self.new_of(entry)
+        if tokens is not None:
+            self.take(tokens)
+        return tokens
+
+    def new_of(self, entry: Appended) -> Tokens | None:
+        """What add() would return; nothing is changed."""
         ids, texts, logprobs = entry.ids, entry.texts, entry.logprobs
         known = len(self._ids) - entry.offset + 1
         if known:
@@ -105,9 +117,13 @@ class Cursor:
         for token in ids:
             crc = zlib.crc32(token.to_bytes(4, "little"), crc)
             crcs.append(crc)
-        self._crc = crc
-        self._ids.extend(ids)
         return Tokens(first, ids, texts, crcs, logprobs)
+
+    def take(self, tokens: Tokens) -> None:
+        """They are sent. They are what new_of() returned last."""
+        if tokens.ids:
+            self._crc = tokens.crcs[-1]
+            self._ids.extend(tokens.ids)
 
     def _align(self, log: Sequence[int]) -> list[Followed]:
         """Keep as much of what was sent as the log holds, and say so if that is not all."""

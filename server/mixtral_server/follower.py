@@ -4,7 +4,8 @@ Decides when the log is looked at: first of all, on every gap, every few seconds
 relay.py, what is new to cursor.py, and what an event looks like on a wire to the routes.
 
 Tokens come by one of two ways. While the reader waits in batch(), nothing is on its way to it: then a frame goes straight to its `sink`,
-without waking it. Whatever the sink does not take, and whatever comes while the reader is at work, the next batch() hands out.
+without waking it, made ready while Redis still appends it. Whatever the sink does not take, and whatever comes while the reader is at work,
+the next batch() hands out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from typing import NamedTuple
 
 from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
 from mixtral_server.cursor import Cursor, Followed, Notice, Tokens
@@ -29,6 +31,15 @@ MIN_PLACE_EVERY_S = 1.0
 MAX_PLACE_EVERY_S = 10.0
 PLACE_EVERY_S = 0.05
 """A waiting reader hears of its place this often per place ahead of it, within the two bounds above."""
+
+
+class _Ready(NamedTuple):
+    """Tokens that are made ready to go, for a reader who had what mark says."""
+
+    entry: Appended
+    mark: tuple[int, int]
+    tokens: Tokens
+    send: Callable[[], bool]
 
 
 class Follower:
@@ -52,8 +63,8 @@ class Follower:
         self.is_stopped = False
         self.is_over = False
         """The terminal event was handed out."""
-        self.sink: Callable[[Tokens], bool] | None = None
-        """Takes a frame's tokens at once, or says False: then batch() hands them out."""
+        self.sink: Callable[[Tokens], Callable[[], bool]] | None = None
+        """Makes a frame's tokens ready to go; what it returns lets them go at once, or says False: then batch() hands them out."""
         self._asks_place = asks_place
         self._queue = queue
         self._reads = reads
@@ -62,6 +73,7 @@ class Follower:
         self._parked: asyncio.Future[None] | None = None  # while the reader waits for news
         self._limit: asyncio.Timeout | None = None  # of the question to Redis under way
         self._told_at = 0.0
+        self._ready: _Ready | None = None
         self._refused: Tokens | None = None  # by the sink
         self._news: list[Appended | Ending] = []
         self._news_tokens = 0
@@ -75,8 +87,15 @@ class Follower:
 
     # ------------------------------------------------------------------------------------------ what the relay tells
 
+    def expect(self, entry: Appended) -> None:
+        """These tokens are on their way into the log. While Redis is at work, what will be sent of them is made."""
+        if self.sink is not None and self._parked is not None and not self._must_look:
+            tokens = self._cursor.new_of(entry)
+            self._ready = _Ready(entry, self._cursor.mark, tokens, self.sink(tokens)) if tokens else None
+
     def hear(self, entry: Appended) -> None:
         """Tokens were appended."""
+        ready, self._ready = self._ready, None
         if self._must_look:
             return  # the log has them
         if self._parked is None or self.sink is None:
@@ -85,14 +104,24 @@ class Follower:
             if self._news_tokens > MAX_KEPT_TOKENS:
                 self.look()
             self._wake()
-        elif (tokens := self._cursor.add(entry)) is None:
+        elif ready is not None and ready.entry is entry and ready.mark == self._cursor.mark:
+            self._send(ready.tokens, ready.send)
+        elif (tokens := self._cursor.new_of(entry)) is None:
             self.look()
-        elif tokens.ids:
-            self._is_waiting = False
-            self._told_at = self._clock()
-            if not self.sink(tokens):
-                self._refused = tokens
-                self._wake()
+        elif tokens:
+            self._send(tokens, self.sink(tokens))
+
+    def let_go(self) -> None:
+        """Its reader leaves: they know one another, and would wait for the garbage collector."""
+        self.sink = self._ready = None
+
+    def _send(self, tokens: Tokens, send: Callable[[], bool]) -> None:
+        self._cursor.take(tokens)
+        self._is_waiting = False
+        self._told_at = self._clock()
+        if not send():
+            self._refused = tokens
+            self._wake()
 
     def hear_end(self, ending: Ending) -> None:
         """The job is done."""

@@ -19,6 +19,7 @@ import orjson
 from redis import exceptions as redis_errors
 from redis.asyncio.client import PubSub
 
+from mixtral_client.protocol import Frame
 from mixtral_server.cursor import Cursor
 from mixtral_server.follower import Follower
 from mixtral_server.keys import Shard
@@ -51,7 +52,7 @@ class Following:
         return self._follower
 
     def __exit__(self, *_: object) -> None:
-        self._follower.sink = None  # it knows its reader, and the reader knows it: they would wait for the garbage collector
+        self._follower.let_go()
         of_job = self._all[self._follower.job_id]
         of_job.discard(self._follower)
         if not of_job:
@@ -122,6 +123,12 @@ class Relay:
     def asker(self, endpoint: str) -> str:
         """For JobQueue.turn(): this process's name, or "" while it hears nothing."""
         return self._name if endpoint in self._heard else ""
+
+    def expect(self, frames: Iterable[Frame]) -> None:
+        """A turn that this process has sent to Redis; what becomes of it is told next."""
+        for frame in frames:
+            for follower in self._followers.get(frame.job, ()):
+                follower.expect(frame)
 
     def tell(self, news: Iterable[News]) -> None:
         """What this process knows first, of a turn that it has made itself."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ class Scene:
             return True
 
         with self.relay.follow(job) as follower:
-            follower.sink = show
+            follower.sink = lambda tokens: partial(show, tokens)
             while not follower.is_over:
                 for told in await follower.batch(1.0):
                     if isinstance(told, Tokens):

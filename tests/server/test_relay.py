@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -80,7 +81,7 @@ class Reader:
 
     async def _read(self) -> None:
         with self._follow as follower:
-            follower.sink = self._sink if self.has_sink else None
+            follower.sink = (lambda tokens: partial(self._sink, tokens)) if self.has_sink else None
             while not follower.is_over:
                 self._take(await follower.batch(HANG_S))
 
@@ -454,7 +455,9 @@ async def test_a_look_that_redis_refused_is_made_again(bench: Bench, redis_proce
 async def told(relay: Relay, worker: Hand, *frames: Frame) -> None:
     """A turn as a server makes it that listens."""
     worker.number += 1
-    relay.tell((await worker.queue.turn(worker.request(*frames), worker.key, asker="me")).news)
+    request = worker.request(*frames)
+    relay.expect(request.frames)
+    relay.tell((await worker.queue.turn(request, worker.key, asker="me")).news)
 
 
 async def test_own_turns_reach_followers_by_their_answers_alone(bench: Bench, deaf_relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +474,39 @@ async def test_own_turns_reach_followers_by_their_answers_alone(bench: Bench, de
     await reader.end()
     assert reader.text == "abcde"
     assert reader.kinds[-1] == "done"
+
+
+async def test_what_is_made_ready_goes_only_if_it_was_appended_and_the_reader_is_where_it_was(bench: Bench, deaf_relay: Relay) -> None:
+    made: list[str] = []
+    sent: list[str] = []
+
+    def sink(tokens: Tokens) -> Callable[[], bool]:
+        made.append("".join(tokens.texts))
+        return lambda: sent.append("".join(tokens.texts)) is None
+
+    job_id = await bench.put()
+    worker = await bench.worker()
+    [job] = await worker.take()
+    await worker.turn(frame(job, 1, "a"))
+    with deaf_relay.follow(job_id) as follower:
+        follower.sink = sink
+        while not await follower.batch(0.01):
+            pass
+        reading = asyncio.create_task(follower.batch(HANG_S))
+        await asyncio.sleep(0)  # it waits
+
+        await told(deaf_relay, worker, frame(job, 2, "b"))
+        assert (made, sent) == (["b"], ["b"])
+        deaf_relay.expect([frame(job, 3, "x")])  # what Redis refuses is told to nobody
+        await told(deaf_relay, worker, frame(job, 3, "cd"))
+        assert (made, sent) == (["b", "x", "cd"], ["b", "cd"])
+        deaf_relay.expect([late := frame(job, 5, "e")])
+        deaf_relay.tell([(job_id, Entry(5, late.ids, ("E",)))])  # another process's news of it came first
+        deaf_relay.tell([(job_id, late)])
+        assert (made[3:], sent[2:]) == (["e", "E"], ["E"])
+        assert not reading.done()
+        follower.stop()
+        await reading
 
 
 async def test_end_that_is_told_is_the_end_that_the_log_has(bench: Bench, deaf_relay: Relay) -> None:

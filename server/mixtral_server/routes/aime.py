@@ -105,7 +105,7 @@ async def _when_it_ends(
 ) -> web.StreamResponse:
     """Wait for the end of the job, however long it takes. A client that leaves cannot ask for it again: its job is given up."""
     with service.relay.follow(job_id, is_resumable=False, asks_place=False) as follower:
-        follower.sink = lambda tokens: True  # the text is read when it is whole
+        follower.sink = lambda tokens: lambda: True  # the text is read when it is whole
         try:
             while not follower.is_over:
                 batch = await follower.batch(service.settings.ping_s)

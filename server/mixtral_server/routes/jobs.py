@@ -76,7 +76,7 @@ async def follow_job(service: Service, request: web.Request, caller: Caller) -> 
     with service.relay.follow(job.job_id, after, crc) as follower:
         async with EventStream(service, request, "native") as stream:
             await stream.write(sse.retry(RETRY_MS))
-            follower.sink = lambda tokens: stream.write_now(sse.native_token_events(tokens.rows(), tokens.logprobs), len(tokens))
+            follower.sink = lambda tokens: stream.sending(sse.native_token_events(tokens.rows(), tokens.logprobs), len(tokens))
             while not follower.is_over:
                 batch = await follower.batch(service.settings.ping_s)
                 if not batch and follower.is_stopped:

@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -264,6 +264,9 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     logprobs: list[str] = field(default_factory=list)  # one per text, where the job asked for them
 
+    def taking(self, tokens: Tokens) -> Callable[[], bool]:
+        return partial(self.take, tokens)
+
     def take(self, tokens: Tokens) -> bool:
         self.texts.extend(tokens.texts)
         self.logprobs.extend(tokens.logprobs or ())
@@ -367,7 +370,7 @@ async def _call(
 async def _whole(service: Service, call: Call) -> web.StreamResponse:
     """Wait for the end of every job, however long it takes. The first that fails fails the call."""
     for choice in call.choices:
-        choice.follower.sink = choice.take
+        choice.follower.sink = choice.taking
     while not call.is_over:
         news = await call.batch(service.settings.ping_s)
         for choice, events in news:
@@ -422,8 +425,8 @@ class _Streaming:
                 await stream.write(sse.chunk(error.body().model_dump()))
         return stream.response
 
-    def _sink(self, stream: EventStream, form: Form) -> Callable[[Tokens], bool]:
-        return lambda tokens: stream.write_now(form.tokens(tokens.rows(), is_first=tokens.offset == 1), len(tokens))
+    def _sink(self, stream: EventStream, form: Form) -> Callable[[Tokens], Callable[[], bool]]:
+        return lambda tokens: stream.sending(form.tokens(tokens.rows(), is_first=tokens.offset == 1), len(tokens))
 
     async def _until_first_token(self) -> News:
         """What comes up to the first token or the end, or none after head_hold_s. Raises Unavailable when the server stops meanwhile."""

@@ -6,6 +6,8 @@ Decides when a reader is too slow to be kept. Leaves what is written to the rout
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -39,12 +41,15 @@ class EventStream:
         self._open_streams.dec()
         self._tokens_sent.inc(self._uncounted)
 
-    def write_now(self, events: bytes, tokens: int) -> bool:
-        """What write() does, without waiting. False, and nothing is written, when the reader lags or is gone."""
+    def sending(self, events: bytes, tokens: int) -> Callable[[], bool]:
+        """What does what write() does, without waiting. False, and nothing is written, when the reader lags or is gone."""
+        return partial(self._write_now, b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events, tokens)
+
+    def _write_now(self, part: bytes, tokens: int) -> bool:
         transport = self._transport
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
-        transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
+        transport.write(part)
         self._count(tokens)
         return True
 

@@ -48,10 +48,11 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
     shard = shard_of(wanted.session)
     if shard is None or shard.endpoint not in service.endpoints:
         raise SessionLapsed(f"there is no session {wanted.session[:100]!r}; log in anew")
-    clock = asyncio.get_running_loop().time
-    until = clock() + service.settings.worker_poll_s
+    loop = asyncio.get_running_loop()
+    until = loop.time() + service.settings.worker_poll_s
     while True:
         seen = service.relay.wakes(shard.endpoint)
+        loop.call_soon(service.relay.expect, wanted.frames)  # that is, once the queue has asked Redis
         try:
             answer = await service.queue.turn(wanted, key_of(caller), service.relay.asker(shard.endpoint))
         except (asyncio.CancelledError, RedisUnavailable):  # what became of its frames is in the log
@@ -59,7 +60,7 @@ async def turn(service: Service, request: web.Request, caller: Caller) -> web.St
             raise
         service.relay.tell(answer.news)
         await service.offences.judge(wanted, answer, len(raw), key_of(caller))
-        left_s = until - clock()
+        left_s = until - loop.time()
         if has_news(wanted, answer) or left_s <= 0 or service.stages.closing.is_set():
             return web.json_response(body=answer.body())
         await _work_or_closing(service, shard.endpoint, min(left_s, service.settings.worker_claim_s, answer.again_s or left_s), seen)
