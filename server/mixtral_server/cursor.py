@@ -34,6 +34,8 @@ class Tokens:
         return len(self.ids)
 
     def rows(self) -> Iterable[TokenRow]:
+        if len(self.ids) == 1:  # as nearly always, and told hundreds of times a turn
+            return ((self.offset, self.crcs[0], self.texts[0]),)
         return zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True)
 
 
