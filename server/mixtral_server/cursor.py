@@ -94,11 +94,6 @@ class Cursor:
         self._moves = moves
         return events
 
-    @property
-    def mark(self) -> tuple[int, int]:
-        """Two are equal only where the same ids were sent."""
-        return len(self._ids), self._crc
-
     def add(self, entry: Appended) -> Tokens | None:
         """What of the entry is new to the reader, perhaps nothing. None when tokens before it are missing, or those sent were others."""
         tokens = self.new_of(entry)

@@ -34,10 +34,10 @@ PLACE_EVERY_S = 0.05
 
 
 class _Ready(NamedTuple):
-    """Tokens that are made ready to go, for a reader who had what mark says."""
+    """Tokens that are made ready to go, for a reader who was that far."""
 
     entry: Appended
-    mark: tuple[int, int]
+    offset: int
     tokens: Tokens
     send: Callable[[], bool]
 
@@ -91,7 +91,7 @@ class Follower:
         """These tokens are on their way into the log. While Redis is at work, what will be sent of them is made."""
         if self.sink is not None and self._parked is not None and not self._must_look:
             tokens = self._cursor.new_of(entry)
-            self._ready = _Ready(entry, self._cursor.mark, tokens, self.sink(tokens)) if tokens else None
+            self._ready = _Ready(entry, self._cursor.offset, tokens, self.sink(tokens)) if tokens else None
 
     def hear(self, entry: Appended) -> None:
         """Tokens were appended."""
@@ -104,7 +104,7 @@ class Follower:
             if self._news_tokens > MAX_KEPT_TOKENS:
                 self.look()
             self._wake()
-        elif ready is not None and ready.entry is entry and ready.mark == self._cursor.mark:
+        elif ready is not None and ready.entry is entry and ready.offset == self._cursor.offset:
             self._send(ready.tokens, ready.send)
         elif (tokens := self._cursor.new_of(entry)) is None:
             self.look()
@@ -226,6 +226,7 @@ class Follower:
     async def _look(self) -> list[Followed]:
         start_over = self._must_start_over
         self._must_look = self._must_start_over = False  # what comes from now on is news again
+        self._ready = None  # the reader may be sent back
         try:
             events = None if start_over else self._noted(await self._read(self._cursor.offset), self._cursor.catch_up)
             if events is None:
