@@ -185,7 +185,6 @@ class Metrics:
             "mixtral_first_token_seconds", "from an OpenAI call to its first token", ["endpoint"], buckets=_SECONDS, registry=registry
         )
         self.tokens_sent = Counter("mixtral_tokens_sent", "tokens sent to readers of this replica", ["wire"], registry=registry)
-        self._jobs_put: dict[str, Counter] = {}
         self.jobs_put = Counter("mixtral_jobs_put", "jobs queued by this replica", ["endpoint"], registry=registry)
         self.readers_dropped = Counter("mixtral_readers_dropped", "readers cut off because they took nothing", registry=registry)
         self.offences = Counter("mixtral_offences", "what only a broken or hostile worker sends", ["kind"], registry=registry)
@@ -208,12 +207,6 @@ class Metrics:
             self._series[method, route, status] = series
         series[0].inc()
         series[1].observe(seconds)
-
-    def put(self, endpoint: str, jobs: int) -> None:
-        series = self._jobs_put.get(endpoint)
-        if series is None:
-            series = self._jobs_put[endpoint] = self.jobs_put.labels(endpoint)
-        series.inc(jobs)
 
     def numbers(self) -> bytes:
         """What this process counted, for another one of its machine to show."""

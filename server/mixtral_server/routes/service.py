@@ -148,7 +148,7 @@ class Service:
         request[JOB_ID] = put.job_id
         request[ALLOWANCES] = put.allowances
         if put.created:
-            self.metrics.put(endpoint.name, len(put.job_ids))
+            self.metrics.jobs_put.labels(endpoint.name).inc(len(put.job_ids))
         return put
 
     def refuse_while_draining(self) -> None:
