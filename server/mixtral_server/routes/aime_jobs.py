@@ -71,8 +71,9 @@ def needs_native(content: JobContent, endpoint: EndpointConfig) -> bool:
         return False
     if isinstance(content.prompt, list) or _untold(content) != _NOTHING_UNTOLD or _untold_sampling(content.sampling) != _NOTHING_SAMPLED:
         return True
-    name, asked = ("prompt_input", content.prompt) if content.messages is None else ("chat_context", content.messages)
-    if not _is_honoured(name, asked, endpoint):
+    if content.prompt is not None and not _is_honoured("prompt_input", content.prompt, endpoint):
+        return True
+    if content.messages is not None and not _is_honoured("chat_context", content.messages, endpoint):
         return True
     told = (*_told_sampling(content.sampling), content.max_tokens)
     known = endpoint.honoured.get(told)
