@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,10 +33,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self) -> Iterable[TokenRow]:
+    def rows(self) -> Sequence[TokenRow]:
         if len(self.ids) == 1:  # as nearly always, and told hundreds of times a turn
             return ((self.offset, self.crcs[0], self.texts[0]),)
-        return zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True)
+        return list(zip(range(self.offset, self.offset + len(self.ids)), self.crcs, self.texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import TypeAlias
 
 from mixtral_client.protocol import DoneEvent, ErrorEvent, QueuedEvent, Usage
 from mixtral_server.cursor import Cursor, Followed, Notice, Tokens
@@ -33,13 +33,8 @@ PLACE_EVERY_S = 0.05
 """A waiting reader hears of its place this often per place ahead of it, within the two bounds above."""
 
 
-class _Ready(NamedTuple):
-    """Tokens that are made ready to go, for a reader who was that far."""
-
-    entry: Appended
-    offset: int
-    tokens: Tokens
-    send: Callable[[], bool]
+_Ready: TypeAlias = tuple[Appended, Tokens, Callable[[], bool]]
+"""A frame, what of it is new to a reader, and what lets that go."""
 
 
 class Follower:
@@ -91,7 +86,7 @@ class Follower:
         """These tokens are on their way into the log. While Redis is at work, what will be sent of them is made."""
         if self.sink is not None and self._parked is not None and not self._must_look:
             tokens = self._cursor.new_of(entry)
-            self._ready = _Ready(entry, self._cursor.offset, tokens, self.sink(tokens)) if tokens else None
+            self._ready = (entry, tokens, self.sink(tokens)) if tokens is not None and tokens.ids else None
 
     def hear(self, entry: Appended) -> None:
         """Tokens were appended."""
@@ -104,8 +99,8 @@ class Follower:
             if self._news_tokens > MAX_KEPT_TOKENS:
                 self.look()
             self._wake()
-        elif ready is not None and ready.entry is entry and ready.offset == self._cursor.offset:
-            self._send(ready.tokens, ready.send)
+        elif ready is not None and ready[0] is entry and ready[1].offset == self._cursor.offset + 1:
+            self._send(ready[1], ready[2])
         elif (tokens := self._cursor.new_of(entry)) is None:
             self.look()
         elif tokens:

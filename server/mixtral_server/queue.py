@@ -64,6 +64,8 @@ NEVER_US = 2**49
 """Nearly 18 years: the ageing of an endpoint whose jobs do not age. Nine of them and a time in µs still are a whole number to Lua."""
 
 MAX_JOBS_PER_TURN = 256
+USAGE_BATCH = 500
+"""Finished jobs that are carried to the ledger in one transaction."""
 MAX_TITLE_CHARS = 200
 
 _SCRIPTS = {
@@ -313,7 +315,7 @@ class JobQueue:
         lapsed, requeued, dead, expired, gap_ms, more = reply
         return Reaped(lapsed, requeued, dead, expired, gap_ms / 1000, bool(more))
 
-    async def usage_batch(self, endpoint: str, limit: int = 500) -> dict[str, FinishedJob]:
+    async def usage_batch(self, endpoint: str, limit: int = USAGE_BATCH) -> dict[str, FinishedJob]:
         """The oldest jobs of the outbox by the id that acknowledges them. Several replicas may get the same."""
         with redis_answers():
             rows: Any = await self._at(self._shard(endpoint)).xrange(self._shard(endpoint).key("usage"), count=limit)

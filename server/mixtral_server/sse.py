@@ -6,7 +6,7 @@ id and text are its own: the rest of the bytes is made once for each stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -46,8 +46,11 @@ def token_pattern(body: dict[str, Any]) -> bytes:
     return b"id: %%d.%%08x\ndata: %b%%b%b\n\n" % (before, after)
 
 
-def token_events(pattern: bytes, rows: Iterable[tuple[int, int, str]]) -> bytes:
+def token_events(pattern: bytes, rows: Sequence[tuple[int, int, str]]) -> bytes:
     """An event for each (offset, crc, text)."""
+    if len(rows) == 1:
+        offset, crc, text = rows[0]
+        return pattern % (offset, crc, orjson.dumps(text))
     return b"".join([pattern % (offset, crc, orjson.dumps(text)) for offset, crc, text in rows])
 
 

@@ -17,6 +17,7 @@ from mixtral_server.database import DatabaseError
 from mixtral_server.errors import ServiceError
 from mixtral_server.history import History
 from mixtral_server.metrics import Metrics
+from mixtral_server.queue import USAGE_BATCH, JobQueue
 from mixtral_server.routes.service import Service
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ def upkeep_of(service: Service, history: History, ring: KeyRing) -> list[Corouti
         watch_loop(service.metrics),
         # Each endpoint by itself: in a Cluster, the node of one may be away while the others answer.
         *(every(1.0, "reap", partial(reap, service, endpoint), service.metrics) for endpoint in service.endpoints),
-        *(every(1.0, "save_history", partial(save_history, service, history, endpoint), service.metrics) for endpoint in service.endpoints),
+        *(
+            every(1.0, "save_history", partial(save_history, service.queue, history, service.metrics, endpoint), service.metrics)
+            for endpoint in service.endpoints
+        ),
         every(3600.0, "forget_history", forget, service.metrics),
     ]
 
@@ -77,12 +81,18 @@ async def reap(service: Service, endpoint: str) -> None:
             )
 
 
-async def save_history(service: Service, history: History, endpoint: str) -> None:
-    """Carry finished jobs from the queue's outbox to the database, and only then take them out of the outbox."""
-    while batch := await service.queue.usage_batch(endpoint):
+async def save_history(queue: JobQueue, history: History, metrics: Metrics, endpoint: str) -> None:
+    """Carry finished jobs from the queue's outbox to the database, and only then take them out of the outbox.
+
+    What ends meanwhile stays for the next time: a transaction for each few jobs would cost more than the jobs.
+    """
+    is_full = True
+    while is_full:
+        batch = await queue.usage_batch(endpoint)
         saved = await history.save(list(batch.values()))
-        await service.queue.usage_ack(endpoint, batch.keys())
-        service.metrics.ledger_saved.inc(saved)
+        await queue.usage_ack(endpoint, batch.keys())
+        metrics.ledger_saved.inc(saved)
+        is_full = len(batch) == USAGE_BATCH
 
 
 async def watch_loop(metrics: Metrics) -> None:

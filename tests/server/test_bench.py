@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mixtral_server.bench.house import leave_the_servers_core, open_house
 from mixtral_server.bench.load import answer_size
 from mixtral_server.bench.measures import percentile
 
@@ -64,10 +67,38 @@ def test_latency_depth_and_memory_have_figures() -> None:
     assert figures["idle"][0]["readers"] == 10
 
 
-def test_a_wrong_flag_ends_with_usage() -> None:
-    done = subprocess.run([sys.executable, "-m", "mixtral_server.bench", "speed"], capture_output=True, text=True, timeout=30, check=False)
+def test_figures_of_several_rounds_are_medians_and_each_round_is_kept() -> None:
+    figures = bench("jobs", "--calls", "6", "--callers", "2", "--rounds", "3")
+    [median], rounds = figures["jobs"], [round["jobs"][0] for round in figures["rounds"]]
+    assert len(rounds) == 3
+    assert median["calls"] == 6
+    for figure in ("jobs_per_s", "p50_ms", "server_cpu"):
+        assert median[figure] == sorted(row[figure] for row in rounds)[1]
+
+
+def test_the_server_has_a_core_of_its_own(tmp_path: Path) -> None:
+    """Or shares the only one."""
+    cores = os.sched_getaffinity(0)
+    try:
+        leave_the_servers_core()
+        ours = os.sched_getaffinity(0)
+
+        async def cores_of_a_server() -> set[int]:
+            async with open_house(tmp_path) as house:
+                return os.sched_getaffinity(house.server_pid)
+
+        assert asyncio.run(cores_of_a_server()) == (cores - ours or cores)
+        assert os.sched_getaffinity(0) == ours
+        assert len(ours) == max(1, len(cores) - 1)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize("flags", [("speed",), ("jobs", "--rounds", "0")])
+def test_a_wrong_flag_ends_with_usage(flags: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", "mixtral_server.bench", *flags], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
-    assert "invalid choice: 'speed'" in done.stderr
+    assert ("invalid choice: 'speed'" if flags[0] == "speed" else "must be a whole number from 1; got '0'") in done.stderr
 
 
 def test_percentiles_are_linear_between_neighbours() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import date
 
 import pytest
 
 from mixtral_server.database import Database
 from mixtral_server.history import DayOfUsage, FinishedJob, History
+from mixtral_server.metrics import Metrics
+from mixtral_server.queue import USAGE_BATCH
+from mixtral_server.upkeep import save_history
 from support.http import PATIENCE_S, state_of, text_of
 from support.live_server import LiveServer
+from support.queue_bench import ENDPOINT, Bench
 from support.scripted_worker import ScriptedWorker
 
 NOON = 1_800_000_000.0 - 1_800_000_000.0 % 86_400 + 43_200
@@ -121,6 +126,25 @@ async def test_chats_go_on_while_the_database_fails_and_the_ledger_catches_up(se
             await until_saved(History(database), [job_id])
     finally:
         await database.close()
+
+
+async def test_jobs_that_end_while_others_are_saved_wait_for_the_next_time(bench: Bench, history: History, database: Database) -> None:
+    """A busy server would else spend a transaction on each few jobs."""
+    for _ in range(USAGE_BATCH + 2):
+        await bench.queue.cancel(await bench.put())
+    late: list[str] = []
+
+    class Meanwhile(History):
+        async def save(self, jobs: Sequence[FinishedJob]) -> int:
+            late.append(await bench.put())
+            await bench.queue.cancel(late[-1])
+            return await history.save(jobs)
+
+    await save_history(bench.queue, Meanwhile(database), Metrics(), ENDPOINT)
+    assert [row.jobs for row in await history.usage()] == [USAGE_BATCH + 3]  # with the one that ended during the first, full batch
+    assert [row.id for row in (await bench.queue.usage_batch(ENDPOINT)).values()] == late[1:]
+    await save_history(bench.queue, history, Metrics(), ENDPOINT)
+    assert sum(row.jobs for row in await history.usage()) == USAGE_BATCH + 4
 
 
 async def rename(database: Database, before: str, after: str) -> None:

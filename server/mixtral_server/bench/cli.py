@@ -9,18 +9,21 @@ import argparse
 import asyncio
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mixtral_server.bench import depth, measures
-from mixtral_server.bench.house import BenchFailed
+from mixtral_server.bench.house import BenchFailed, leave_the_servers_core
 from mixtral_server.bench.measures import Row
 
+Figures: TypeAlias = dict[str, list[Row]]
+"""Of each measure, a row for each run."""
 FORMAT = 1
 MAX_TOKENS = 32_768  # of one job
 LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
@@ -28,26 +31,35 @@ LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
 ABOUT = """\
 What one server process can do: tokens and jobs per CPU second, latency, queue depth, memory.
 
-Each measure starts a Redis and a server of its own in a temporary folder and puts load on it from other processes of this machine.
+Each measure starts a Redis and a server of its own in a temporary folder and puts load on it from other processes of this machine. The
+server has the first core to itself; all else shares the others.
 CPU seconds are those of the server process alone, kernel work on its behalf included; Redis's stand beside them. Linux only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     began = circumstances(flags)
-    figures: dict[str, list[Row]] = {}
+    rounds: list[Figures] = []
+    if not flags.share_cores:
+        leave_the_servers_core()
     try:
-        for name in flags.measure or MEASURES:
-            figures[name] = asyncio.run(MEASURES[name](flags))
-            _show(name, figures[name])
-            if flags.json_file:  # after each: what was measured outlives a run that is cut short
-                Path(flags.json_file).write_text(json.dumps(began | figures) + "\n", encoding="utf-8")
+        for number in range(1, flags.rounds + 1):
+            rounds.append({})
+            for name in flags.measure or MEASURES:
+                rounds[-1][name] = asyncio.run(MEASURES[name](flags))
+                _show(f"{name}, round {number} of {flags.rounds}" if flags.rounds > 1 else name, rounds[-1][name])
+                if flags.json_file:  # after each: what was measured outlives a run that is cut short
+                    Path(flags.json_file).write_text(json.dumps(began | _report(rounds)) + "\n", encoding="utf-8")
     except BenchFailed as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(json.dumps(began | figures))
+    report = _report(rounds)
+    if flags.rounds > 1:
+        for name in rounds[0]:
+            _show(f"{name}, median of {flags.rounds} rounds", report[name])
+    print(json.dumps(began | report))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--most_waiting", type=int, default=100_000, help="depth: the longest queue, 1,000 to 1,000,000 (%(default)s)")
     parser.add_argument("--chats", type=int, default=2000, help="finished: chats of 100 tokens (%(default)s)")
     parser.add_argument("--readers", type=int, default=2000, help="idle: streams held open (%(default)s)")
+    parser.add_argument("--rounds", type=_count, default=1, help="all of it so many times; figures are then medians (%(default)s)")
+    parser.add_argument("--share_cores", action="store_true", help="do not keep one core for the server alone, and the others for all else")
     parser.add_argument("--json_file", help="also write the JSON object to this file")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text[:20]!r}")
+    return int(text)
 
 
 def say(sentence: str) -> None:
@@ -134,6 +154,26 @@ def _show(name: str, rows: Sequence[Row]) -> None:
         cells = (f"{row[figure]:,}" if isinstance(row[figure], int | float) else str(row[figure]) for row in rows)
         print(f"  {figure:<26}" + "".join(f"{cell:>14}" for cell in cells))
     print(flush=True)
+
+
+def _report(rounds: Sequence[Figures]) -> dict[str, Any]:
+    """Rows of each measure: of the one round, or medians of several and, under "rounds", each by itself."""
+    if len(rounds) == 1:
+        return dict(rounds[0])
+    whole = [one for one in rounds if one.keys() == rounds[0].keys()]  # the last may have just begun
+    medians = {name: [_median(rows) for rows in zip(*(one[name] for one in whole), strict=True)] for name in rounds[0]}
+    return {**medians, "rounds": list(rounds)}
+
+
+def _median(rows: Sequence[Row]) -> Row:
+    """Of each figure; what is no figure is the same in all rows."""
+
+    def middle(values: Sequence[Any]) -> Any:
+        if not all(isinstance(value, int | float) for value in values):
+            return values[0]
+        return type(values[0])(statistics.median(values))
+
+    return {name: middle([row[name] for row in rows]) for name in rows[0]}
 
 
 def circumstances(flags: argparse.Namespace) -> Row:

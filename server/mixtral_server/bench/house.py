@@ -9,8 +9,8 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mixtral_server.redis_server import EmbeddedRedis
 ENDPOINT = "bench"
 MOST_WAITING = 4_000_000
 START_LIMIT_S = 60.0
+CORES = sorted(os.sched_getaffinity(0))
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 _ENDPOINT_FILE = f"""
@@ -59,6 +60,23 @@ class House:
         return Cpu(cpu_s(self.server_pid), cpu_s(self.redis_pid))
 
 
+def leave_the_servers_core() -> None:
+    """Whoever calls this, and what it starts but for servers, keeps off the first core. Nothing changes where there is but one."""
+    if CORES[1:]:
+        os.sched_setaffinity(0, CORES[1:])
+
+
+@contextmanager
+def on_the_servers_core() -> Iterator[None]:
+    """What is started meanwhile has the core that was left to it."""
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(CORES) - ours or ours)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
 @asynccontextmanager
 async def open_redis(folder: Path) -> AsyncIterator[EmbeddedRedis]:
     """A Redis as the server starts its own: on a unix socket, with the default durability."""
@@ -74,7 +92,7 @@ async def open_house(folder: Path, *flags: str) -> AsyncIterator[House]:
     (endpoints / "bench.toml").write_text(_ENDPOINT_FILE)
     async with open_redis(folder) as redis:
         assert redis.pid is not None  # the folder is new: no other server owns it
-        with (folder / "server.log").open("wb") as log:
+        with (folder / "server.log").open("wb") as log, on_the_servers_core():
             server = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", "from mixtral_server.cli import main; main()"),
                 *("--port", "0", "--data_dir", str(folder), "--redis_url", redis.url, "--endpoint_dir", str(endpoints), *flags),

@@ -14,7 +14,7 @@ attaches to the same jobs from their first tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -130,9 +130,9 @@ class Form(Protocol):
     def opening(self) -> bytes:
         """What comes before the tokens of each of several answers, in their order: the openai package wants to see them so."""
 
-    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes: ...
+    def tokens(self, rows: Sequence[TokenRow], *, is_first: bool) -> bytes: ...
 
-    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes: ...
+    def tokens_and_logprobs(self, rows: Sequence[TokenRow], logprobs: Sequence[str]) -> bytes: ...
 
     def last(self, finish: OpenAIFinish, tokens: int) -> dict[str, Any]: ...
 
@@ -153,14 +153,14 @@ class ChatForm:
         self._is_open = True
         return sse.chunk(self._chunk({"role": "assistant", "content": ""}, None))
 
-    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
+    def tokens(self, rows: Sequence[TokenRow], *, is_first: bool) -> bytes:
         if not is_first or self._is_open:
             return sse.token_events(self._pattern, rows)
         first, *others = rows
         opening = sse.token_pattern(self._chunk({"role": "assistant", "content": sse.HOLE}, None))
         return sse.token_events(opening, [first]) + sse.token_events(self._pattern, others)
 
-    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes:
+    def tokens_and_logprobs(self, rows: Sequence[TokenRow], logprobs: Sequence[str]) -> bytes:
         out = []
         for (offset, crc, text), one in zip(rows, logprobs, strict=True):
             delta = {"role": "assistant", "content": text} if offset == 1 and not self._is_open else {"content": text}
@@ -198,10 +198,10 @@ class CompletionForm:
     def opening(self) -> bytes:
         return b""
 
-    def tokens(self, rows: Iterable[TokenRow], *, is_first: bool) -> bytes:
+    def tokens(self, rows: Sequence[TokenRow], *, is_first: bool) -> bytes:
         return sse.token_events(self._pattern, rows)
 
-    def tokens_and_logprobs(self, rows: Iterable[TokenRow], logprobs: Sequence[str]) -> bytes:
+    def tokens_and_logprobs(self, rows: Sequence[TokenRow], logprobs: Sequence[str]) -> bytes:
         out = []
         for (offset, crc, text), one in zip(rows, logprobs, strict=True):
             chances = completion_logprobs([text], [one], self._chars)

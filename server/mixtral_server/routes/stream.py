@@ -17,6 +17,7 @@ from mixtral_server.routes.service import Service
 MAX_UNSENT_BYTES = 64 * 1024
 """Bytes that wait for a reader's connection; beyond that it is written to under a deadline."""
 COUNT_STEP = 256
+"""Tokens between two looks at the counter, which takes as long as the making of an event."""
 
 
 class EventStream:
@@ -39,7 +40,7 @@ class EventStream:
 
     async def __aexit__(self, *_: object) -> None:
         self._open_streams.dec()
-        self._tokens_sent.inc(self._uncounted)
+        self._count()
 
     def sending(self, events: bytes, tokens: int) -> Callable[[], bool]:
         """What does what write() does, without waiting. False, and nothing is written, when the reader lags or is gone."""
@@ -50,7 +51,9 @@ class EventStream:
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
         transport.write(part)
-        self._count(tokens)
+        self._uncounted += tokens
+        if self._uncounted >= COUNT_STEP:
+            self._count()
         return True
 
     async def write(self, events: bytes, tokens: int = 0) -> None:
@@ -63,11 +66,9 @@ class EventStream:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError(f"reader took nothing for {self._service.settings.write_timeout_s:g} s") from error
-        self._count(tokens)
-
-    def _count(self, tokens: int) -> None:
-        """In steps: the counter takes as long as the making of an event."""
         self._uncounted += tokens
-        if self._uncounted >= COUNT_STEP:
-            self._tokens_sent.inc(self._uncounted)
-            self._uncounted = 0
+        self._count()
+
+    def _count(self) -> None:
+        self._tokens_sent.inc(self._uncounted)
+        self._uncounted = 0
