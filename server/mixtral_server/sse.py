@@ -48,20 +48,27 @@ def token_pattern(body: dict[str, Any]) -> bytes:
 
 def token_events(pattern: bytes, rows: Sequence[tuple[int, int, str]]) -> bytes:
     """An event for each (offset, crc, text)."""
-    if len(rows) == 1:
+    if len(rows) == 1:  # as nearly always
         offset, crc, text = rows[0]
         return pattern % (offset, crc, orjson.dumps(text))
     return b"".join([pattern % (offset, crc, orjson.dumps(text)) for offset, crc, text in rows])
 
 
-def native_token_events(rows: Iterable[tuple[int, int, str]], logprobs: Iterable[str] | None = None) -> bytes:
+_NATIVE = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b}\n\n'
+_NATIVE_WITH_LOGPROBS = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b,"logprobs":%b}\n\n'
+
+
+def native_token_events(rows: Sequence[tuple[int, int, str]], logprobs: Iterable[str] | None = None) -> bytes:
     """What encode() makes of each TokenEvent. logprobs: a TokenLogprobs for each, as JSON on one line."""
     if logprobs is not None:
-        pattern = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b,"logprobs":%b}\n\n'
         both = zip(rows, logprobs, strict=True)
-        return b"".join([pattern % (offset, crc, offset, orjson.dumps(text), one.encode()) for (offset, crc, text), one in both])
-    pattern = b'event: token\nid: %d.%08x\ndata: {"offset":%d,"text":%b}\n\n'
-    return b"".join([pattern % (offset, crc, offset, orjson.dumps(text)) for offset, crc, text in rows])
+        return b"".join(
+            [_NATIVE_WITH_LOGPROBS % (offset, crc, offset, orjson.dumps(text), one.encode()) for (offset, crc, text), one in both]
+        )
+    if len(rows) == 1:
+        offset, crc, text = rows[0]
+        return _NATIVE % (offset, crc, offset, orjson.dumps(text))
+    return b"".join([_NATIVE % (offset, crc, offset, orjson.dumps(text)) for offset, crc, text in rows])
 
 
 def retry(wait_ms: int) -> bytes:

@@ -30,17 +30,18 @@ local function cut(json, skip, last)
   return cjson.encode(part), bytes
 end
 
--- Offsets n+1 to last into the log, and to those who listen. ids, texts, and logprobs or '': JSON.
+-- Offsets n+1 to last into the log, and to those who listen. ids, texts, and logprobs or '': JSON. Returns last as text: an entry's id.
 local function log(id, n, last, ids, texts, logprobs)
-  local more = ''
+  local entry, more = format('%d', last), ''
   if logprobs == '' then
-    call('XADD', log_key(id), format('%d-0', last), 'ids', ids, 'texts', texts)
+    call('XADD', log_key(id), entry, 'ids', ids, 'texts', texts)
   else
-    call('XADD', log_key(id), format('%d-0', last), 'ids', ids, 'texts', texts, 'logprobs', logprobs)
+    call('XADD', log_key(id), entry, 'ids', ids, 'texts', texts, 'logprobs', logprobs)
     more = ',' .. logprobs
   end
   if is_heard then appends[#appends + 1] = '["' .. id .. '",' .. n + 1 .. ',' .. ids .. ',' .. texts .. more .. ']' end
   appended = appended + last - n
+  return entry
 end
 
 -- What of the frame the log lacks, as far as the job's max tokens allow. The frame is marked: 'a' appended as it is, 'c' cut.
@@ -68,8 +69,8 @@ local function append_next(id, offset, count, bytes, ids, texts, logprobs)
   local values = call('HMGET', key, 'n', 'bytes', 'max', 'state')
   local n = offset + count - 1
   if tonumber(values[1]) ~= offset - 1 or n < offset or n > number(values[3]) or values[4] ~= 'streaming' then return false end
-  log(id, offset - 1, n, ids, texts, logprobs)
-  call('HSET', key, 'n', format('%d', n), 'bytes', format('%d', values[2] + bytes))
+  local last = log(id, offset - 1, n, ids, texts, logprobs)
+  call('HSET', key, 'n', last, 'bytes', format('%d', values[2] + bytes))
   return true
 end
 

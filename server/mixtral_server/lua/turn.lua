@@ -32,18 +32,18 @@ is_heard = asker == '' or call('PUBSUB', 'NUMSUB', t .. ':live')[2] > 1
 local marks, released = {}, false
 local frames, at = ARGV[11], 1
 
--- The next so many bytes.
-local function text(size)
-  at = at + size
-  return sub(frames, at - size, at - 1)
-end
-
 while at <= #frames do
   local job_size, attempt, offset, count, bytes, prompt_tokens, dropped, ending, ids_size, texts_size, logprobs_size, detail_size
   job_size, attempt, offset, count, bytes, prompt_tokens, dropped, ending, ids_size, texts_size, logprobs_size, detail_size, at =
     struct.unpack(HEAD, frames, at)
-  local job, ids, texts = text(job_size), text(ids_size), text(texts_size)
-  local logprobs, detail = logprobs_size > 0 and text(logprobs_size) or '', detail_size > 0 and text(detail_size) or ''
+  local ids_at = at + job_size
+  local texts_at = ids_at + ids_size
+  local logprobs_at = texts_at + texts_size
+  local detail_at = logprobs_at + logprobs_size
+  local job, ids, texts = sub(frames, at, ids_at - 1), sub(frames, ids_at, texts_at - 1), sub(frames, texts_at, logprobs_at - 1)
+  local logprobs = logprobs_size > 0 and sub(frames, logprobs_at, detail_at - 1) or ''
+  local detail = detail_size > 0 and sub(frames, detail_at, detail_at + detail_size - 1) or ''
+  at = detail_at + detail_size
   local mark = '-'
   if held[job] ~= attempt then
     drop(job, attempt)
