@@ -100,7 +100,8 @@ class Follower:
                 self.look()
             self._wake()
         elif ready is not None and ready[0] is entry and ready[1].offset == self._cursor.offset + 1:
-            self._send(ready[1], ready[2])
+            _, new, send = ready
+            self._send(new, send)
         elif (tokens := self._cursor.new_of(entry)) is None:
             self.look()
         elif tokens:

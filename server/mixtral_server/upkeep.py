@@ -86,13 +86,13 @@ async def save_history(queue: JobQueue, history: History, metrics: Metrics, endp
 
     What ends meanwhile stays for the next time: a transaction for each few jobs would cost more than the jobs.
     """
-    is_full = True
-    while is_full:
+    while True:
         batch = await queue.usage_batch(endpoint)
         saved = await history.save(list(batch.values()))
         await queue.usage_ack(endpoint, batch.keys())
         metrics.ledger_saved.inc(saved)
-        is_full = len(batch) == USAGE_BATCH
+        if len(batch) < USAGE_BATCH:
+            return
 
 
 async def watch_loop(metrics: Metrics) -> None:

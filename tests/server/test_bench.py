@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_server.bench.house import leave_the_servers_core, open_house
+from mixtral_server.bench.house import open_house
 from mixtral_server.bench.load import answer_size
 from mixtral_server.bench.measures import percentile
 
@@ -76,22 +75,15 @@ def test_figures_of_several_rounds_are_medians_and_each_round_is_kept() -> None:
         assert median[figure] == sorted(row[figure] for row in rounds)[1]
 
 
-def test_the_server_has_a_core_of_its_own(tmp_path: Path) -> None:
+async def test_the_server_has_a_core_of_its_own(tmp_path: Path) -> None:
     """Or shares the only one."""
     cores = os.sched_getaffinity(0)
-    try:
-        leave_the_servers_core()
+    async with open_house(tmp_path) as house:
         ours = os.sched_getaffinity(0)
-
-        async def cores_of_a_server() -> set[int]:
-            async with open_house(tmp_path) as house:
-                return os.sched_getaffinity(house.server_pid)
-
-        assert asyncio.run(cores_of_a_server()) == (cores - ours or cores)
-        assert os.sched_getaffinity(0) == ours
+        assert os.sched_getaffinity(house.server_pid) == (cores - ours or cores)
+        assert os.sched_getaffinity(house.redis_pid) == ours
         assert len(ours) == max(1, len(cores) - 1)
-    finally:
-        os.sched_setaffinity(0, cores)
+    assert os.sched_getaffinity(0) == cores
 
 
 @pytest.mark.parametrize("flags", [("speed",), ("jobs", "--rounds", "0")])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mixtral_server.bench import depth, measures
-from mixtral_server.bench.house import BenchFailed, leave_the_servers_core
+from mixtral_server.bench.house import BenchFailed
 from mixtral_server.bench.measures import Row
 
 Figures: TypeAlias = dict[str, list[Row]]
@@ -31,7 +31,7 @@ LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
 ABOUT = """\
 What one server process can do: tokens and jobs per CPU second, latency, queue depth, memory.
 
-Each measure starts a Redis and a server of its own in a temporary folder and puts load on it from other processes of this machine. The
+Each measure starts a Redis and a server of its own in a temporary folder and puts load on it from other processes of this machine. A
 server has the first core to itself; all else shares the others.
 CPU seconds are those of the server process alone, kernel work on its behalf included; Redis's stand beside them. Linux only."""
 
@@ -40,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     began = circumstances(flags)
     rounds: list[Figures] = []
-    if not flags.share_cores:
-        leave_the_servers_core()
     try:
         for number in range(1, flags.rounds + 1):
             rounds.append({})
@@ -80,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chats", type=int, default=2000, help="finished: chats of 100 tokens (%(default)s)")
     parser.add_argument("--readers", type=int, default=2000, help="idle: streams held open (%(default)s)")
     parser.add_argument("--rounds", type=_count, default=1, help="all of it so many times; figures are then medians (%(default)s)")
-    parser.add_argument("--share_cores", action="store_true", help="do not keep one core for the server alone, and the others for all else")
     parser.add_argument("--json_file", help="also write the JSON object to this file")
     return parser
 

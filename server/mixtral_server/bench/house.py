@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from mixtral_server.redis_server import EmbeddedRedis
 ENDPOINT = "bench"
 MOST_WAITING = 4_000_000
 START_LIMIT_S = 60.0
-CORES = sorted(os.sched_getaffinity(0))
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 _ENDPOINT_FILE = f"""
@@ -60,21 +59,15 @@ class House:
         return Cpu(cpu_s(self.server_pid), cpu_s(self.redis_pid))
 
 
-def leave_the_servers_core() -> None:
-    """Whoever calls this, and what it starts but for servers, keeps off the first core. Nothing changes where there is but one."""
-    if CORES[1:]:
-        os.sched_setaffinity(0, CORES[1:])
-
-
 @contextmanager
-def on_the_servers_core() -> Iterator[None]:
-    """What is started meanwhile has the core that was left to it."""
-    ours = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(CORES) - ours or ours)
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """This process, and what it starts meanwhile, runs on these."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, ours)
+        os.sched_setaffinity(0, before)
 
 
 @asynccontextmanager
@@ -86,27 +79,32 @@ async def open_redis(folder: Path) -> AsyncIterator[EmbeddedRedis]:
 
 @asynccontextmanager
 async def open_house(folder: Path, *flags: str) -> AsyncIterator[House]:
-    """A server with its defaults, but for the flags and an endpoint that takes jobs without end. Its log goes to folder/server.log."""
+    """A server with its defaults, but for the flags and an endpoint that takes jobs without end. Its log goes to folder/server.log.
+
+    It has the first core to itself; Redis, this process and what it starts meanwhile have the others. They share the only one.
+    """
+    first, *others = sorted(os.sched_getaffinity(0))
     endpoints = folder / "endpoints"
     endpoints.mkdir()
     (endpoints / "bench.toml").write_text(_ENDPOINT_FILE)
-    async with open_redis(folder) as redis:
-        assert redis.pid is not None  # the folder is new: no other server owns it
-        with (folder / "server.log").open("wb") as log, on_the_servers_core():
-            server = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", "from mixtral_server.cli import main; main()"),
-                *("--port", "0", "--data_dir", str(folder), "--redis_url", redis.url, "--endpoint_dir", str(endpoints), *flags),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-            )
-        try:
-            port = await _port_of(server, folder)
-            keys = dict(re.findall(r"^MIXTRAL_(\w+)_KEY=(\S+)$", (folder / "keys.env").read_text(), re.MULTILINE))
-            yield House(port, server.pid, redis.pid, redis.url, keys["CLIENT"], keys["WORKER"])
-        finally:
-            if server.returncode is None:
-                server.terminate()
-            await server.wait()
+    with on_cores(others or [first]):
+        async with open_redis(folder) as redis:
+            assert redis.pid is not None  # the folder is new: no other server owns it
+            with (folder / "server.log").open("wb") as log, on_cores([first]):
+                server = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-c", "from mixtral_server.cli import main; main()"),
+                    *("--port", "0", "--data_dir", str(folder), "--redis_url", redis.url, "--endpoint_dir", str(endpoints), *flags),
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                )
+            try:
+                port = await _port_of(server, folder)
+                keys = dict(re.findall(r"^MIXTRAL_(\w+)_KEY=(\S+)$", (folder / "keys.env").read_text(), re.MULTILINE))
+                yield House(port, server.pid, redis.pid, redis.url, keys["CLIENT"], keys["WORKER"])
+            finally:
+                if server.returncode is None:
+                    server.terminate()
+                await server.wait()
 
 
 async def _port_of(server: asyncio.subprocess.Process, folder: Path) -> int:

@@ -17,7 +17,6 @@ from mixtral_server.routes.service import Service
 MAX_UNSENT_BYTES = 64 * 1024
 """Bytes that wait for a reader's connection; beyond that it is written to under a deadline."""
 COUNT_STEP = 256
-"""Tokens between two looks at the counter, which takes as long as the making of an event."""
 
 
 class EventStream:
@@ -40,7 +39,7 @@ class EventStream:
 
     async def __aexit__(self, *_: object) -> None:
         self._open_streams.dec()
-        self._count()
+        self._tokens_sent.inc(self._uncounted)
 
     def sending(self, events: bytes, tokens: int) -> Callable[[], bool]:
         """What does what write() does, without waiting. False, and nothing is written, when the reader lags or is gone."""
@@ -51,9 +50,7 @@ class EventStream:
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
         transport.write(part)
-        self._uncounted += tokens
-        if self._uncounted >= COUNT_STEP:
-            self._count()
+        self._count(tokens)
         return True
 
     async def write(self, events: bytes, tokens: int = 0) -> None:
@@ -66,9 +63,11 @@ class EventStream:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError(f"reader took nothing for {self._service.settings.write_timeout_s:g} s") from error
-        self._uncounted += tokens
-        self._count()
+        self._count(tokens)
 
-    def _count(self) -> None:
-        self._tokens_sent.inc(self._uncounted)
-        self._uncounted = 0
+    def _count(self, tokens: int) -> None:
+        """In steps: the counter takes as long as the making of an event."""
+        self._uncounted += tokens
+        if self._uncounted >= COUNT_STEP:
+            self._tokens_sent.inc(self._uncounted)
+            self._uncounted = 0
