@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -55,11 +56,16 @@ from mixtral_benchmark.wires import (
 from mixtral_client.client import MixtralClient
 from mixtral_client.errors import MixtralError, NotAllowed, NotAuthenticated
 
+if sys.platform != "win32":
+    import resource
+
 OK, SOME_FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 """Exit codes of whatever sends load."""
 
 WORTH_MORE = 1.05
 """More chats at once must bring at least so many times the tokens a second, or the server is saturated."""
+OTHER_FILES = 32
+"""Open files that are no chat."""
 KEEPS_UP = 0.9
 """A server that ends fewer chats a second than this share of those sent has fallen behind."""
 
@@ -104,6 +110,7 @@ class Benchmark:
         """Why a sweep ended before its last level."""
 
     async def __call__(self) -> None:
+        allow_open_files(max(min(run.concurrent_requests or 0, run.total_requests or sys.maxsize) for run in self._flags.runs))
         async with AsyncExitStack() as stack:
             http = await stack.enter_async_context(open_http(self._target))
             if self._house:
@@ -246,6 +253,20 @@ def rate(moments_s: Sequence[float]) -> float | None:
     """How many a second, from the first to the last; None where that is no time."""
     span_s = max(moments_s, default=0.0) - min(moments_s, default=0.0)
     return (len(moments_s) - 1) / span_s if span_s > 0 else None
+
+
+def allow_open_files(chats: int) -> None:
+    """Each chat under way is one. A login shell allows 1,024, and a program to ask for more. Raises NotRun where they are too few."""
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if hard < chats + OTHER_FILES:
+            raise NotRun(
+                f"{chats:,} chats at once need {chats + OTHER_FILES:,} open files, and this account may have {hard:,}: "
+                f"raise its hard limit (ulimit -Hn), or ask for at most {hard - OTHER_FILES:,} at once"
+            )
 
 
 async def check(http: aiohttp.ClientSession, target: Target, api: str) -> ServerFacts:

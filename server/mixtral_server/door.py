@@ -18,12 +18,17 @@ from mixtral_server.answers import error_response, word
 from mixtral_server.auth import network_of
 from mixtral_server.errors import RequestRefused, ServiceError
 from mixtral_server.metrics import Metrics
+from mixtral_server.open_files import allow_open_files
 from mixtral_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 BACKLOG = 1024
+ACCEPTED_AT_ONCE = 16
+"""asyncio accepts so many in a row before the first of them can be refused, and fails, loudly, where they are more than there are files."""
+OTHER_FILES = 256
+"""Open files that are no connection let in: Redis, SQL, files on their way in or out, connections about to be refused."""
 SEND_BUFFER_BYTES = 128 * 1024
 
 
@@ -64,18 +69,32 @@ def connection_options(settings: Settings) -> dict[str, Any]:
     return {"keepalive_timeout": settings.keepalive_s, "auto_decompress": False, "lingering_time": 2.0}
 
 
+def most_connections(wanted: int) -> int:
+    """As many, or as the system lets this process hold: one more than that is closed by us, and not left to hang by the kernel."""
+    allowed = allow_open_files(wanted + OTHER_FILES)
+    most = min(wanted, allowed - min(OTHER_FILES, allowed // 2))
+    if most < wanted:
+        log.warning(
+            "event=few_open_files max_connections=%d taken=%d: this process may have %d open files, and each connection is one; "
+            "raise the hard limit (ulimit -Hn, or LimitNOFILE= of systemd) to %d, or set max_connections to %d",
+            *(wanted, most, allowed, wanted + OTHER_FILES, most),
+        )
+    return most
+
+
 class Door:
     """Counts open connections, in all and by address."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
+        self._most = most_connections(settings.max_connections)
         self._metrics = metrics
         self._by_address: Counter[str] = Counter()
         self._total = 0
 
     def enter(self, address: str) -> bool:
         """Whether one more may come in."""
-        if self._total >= self.settings.max_connections:
+        if self._total >= self._most:
             self._metrics.connections_refused.labels("max_connections").inc()
             return False
         if self._by_address[address] >= self.settings.max_connections_per_address:
@@ -161,4 +180,6 @@ async def open_door(settings: Settings, metrics: Metrics, server: web.Server, li
     """Take connections from now on."""
     loop = asyncio.get_running_loop()
     door = Door(settings, metrics)
-    return await loop.create_server(lambda: Connection(door, server, loop), sock=listening, backlog=BACKLOG)
+    opened = await loop.create_server(lambda: Connection(door, server, loop), sock=listening, backlog=ACCEPTED_AT_ONCE)
+    listening.listen(BACKLOG)  # asyncio has no other word for both; so many may wait to be accepted
+    return opened

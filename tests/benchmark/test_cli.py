@@ -18,6 +18,7 @@ import pytest
 
 from mixtral_benchmark.cli import INTERRUPTED, NOT_RUN, OK, SOME_FAILED
 from mixtral_benchmark.flags import parse, parser
+from support.limits import with_open_files
 from support.scripted_server import KEY, ScriptedServer, chunk, done, openai_end, token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,11 +46,14 @@ class Ended:
         return read
 
 
-async def start(*flags: str, key: str | None = KEY) -> asyncio.subprocess.Process:
+async def start(*flags: str, key: str | None = KEY, files: tuple[int, int] | None = None) -> asyncio.subprocess.Process:
+    """files: open files that it may have at first, and may ask for."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
     if key is not None:
         environment["MIXTRAL_CLIENT_KEY"] = key
     command = [sys.executable, "-m", "benchmark", *flags]
+    if files is not None:
+        command = with_open_files(*files, command)
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe)
 
@@ -60,8 +64,8 @@ async def finish(process: asyncio.subprocess.Process) -> Ended:
     return Ended(process.returncode, stdout.decode(), stderr.decode())
 
 
-async def run(*flags: str, key: str | None = KEY) -> Ended:
-    return await finish(await start(*flags, key=key))
+async def run(*flags: str, key: str | None = KEY, files: tuple[int, int] | None = None) -> Ended:
+    return await finish(await start(*flags, key=key, files=files))
 
 
 async def test_run_prints_the_target_a_table_and_one_json_line_last(server: ScriptedServer) -> None:
@@ -103,6 +107,20 @@ async def test_file_that_cannot_be_written_costs_the_exit_code_but_not_the_resul
     assert ended.code == SOME_FAILED
     assert ended.outcome["completed"] == 2
     assert "could not be written (Is a directory)" in ended.stderr
+
+
+async def test_more_chats_at_once_than_a_login_shell_has_files_for_are_sent(server: ScriptedServer) -> None:
+    server.play = three_tokens
+    ended = await run("--api_server", server.url, "--total_requests", "150", "--concurrent_requests", "150", files=(64, 1000))
+    assert (ended.code, ended.outcome["completed"]) == (OK, 150)
+
+
+async def test_more_chats_at_once_than_the_account_may_have_files_for_are_refused(server: ScriptedServer) -> None:
+    ended = await run("--api_server", server.url, "--total_requests", "200", "--concurrent_requests", "150", files=(64, 100))
+    assert ended.code == NOT_RUN
+    assert "150 chats at once need 182 open files, and this account may have 100: " in ended.stderr
+    assert "or ask for at most 68 at once" in ended.stderr
+    assert not server.requests
 
 
 async def test_native_run_verifies_every_stream_against_its_job(server: ScriptedServer) -> None:

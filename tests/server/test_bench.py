@@ -14,6 +14,7 @@ import pytest
 from mixtral_server.bench.house import open_house
 from mixtral_server.bench.load import answer_size
 from mixtral_server.bench.measures import percentile
+from support.limits import with_open_files
 
 LIMIT_S = 100.0
 
@@ -86,11 +87,30 @@ async def test_the_server_has_a_core_of_its_own(tmp_path: Path) -> None:
     assert os.sched_getaffinity(0) == cores
 
 
-@pytest.mark.parametrize("flags", [("speed",), ("jobs", "--rounds", "0")])
-def test_a_wrong_flag_ends_with_usage(flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("speed",), "invalid choice: 'speed'"),
+        (("jobs", "--rounds", "0"), "argument --rounds: must be a whole number from 1 to 1,000,000; got '0'"),
+        (("tokens", "--streams", "-1"), "argument --streams: must be a whole number from 1 to 1,900; got '-1'"),
+        (("tokens", "--tokens_per_frame", "1", "1.5"), "argument --tokens_per_frame: must be a whole number from 1 to 1,024; got '1.5'"),
+        (("depth", "--most_waiting", "999"), "argument --most_waiting: must be a whole number from 1,000 to 1,000,000; got '999'"),
+        (("latency", "--seconds", "nan"), "argument --seconds: must be a number from 0.1 to 3,600; got 'nan'"),
+        (("jobs", "--json_file", "/nowhere/run.json"), "--json_file /nowhere/run.json: name a file in a folder that exists"),
+        (("jobs", "--json_file", "/"), "--json_file /: name a file in a folder that exists"),
+    ],
+)
+def test_a_wrong_flag_ends_with_usage_before_anything_is_measured(flags: tuple[str, ...], sentence: str) -> None:
     done = subprocess.run([sys.executable, "-m", "mixtral_server.bench", *flags], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
-    assert ("invalid choice: 'speed'" if flags[0] == "speed" else "must be a whole number from 1; got '0'") in done.stderr
+    assert sentence in done.stderr
+
+
+def test_more_connections_than_open_files_are_refused_before_anything_is_measured() -> None:
+    command = with_open_files(64, 1000, [sys.executable, "-m", "mixtral_server.bench", "idle", "--readers", "2000"])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "4,256 open files are needed and this account may have 1,000" in done.stderr
 
 
 def test_percentiles_are_linear_between_neighbours() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -12,9 +13,10 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -22,6 +24,7 @@ from mixtral_server.apikeys import SCOPES
 from mixtral_server.cli import main
 from mixtral_server.process import write_keys_env
 from mixtral_server.settings import knobs
+from support.limits import with_open_files
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -58,9 +61,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @contextmanager
-def server(*words: str, cwd: Path, module: tuple[str, ...] = (str(ROOT / "server"),)) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, url) of a server that takes requests; killed with all its children if it is still there at the end."""
+def server(
+    *words: str, cwd: Path, module: tuple[str, ...] = (str(ROOT / "server"),), files: tuple[int, int] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, url) of a server that takes requests; killed with all its children if it is still there at the end.
+
+    files: open files that it may have at first, and may ask for.
+    """
     command = [sys.executable, *module, "--port", "0", *words]
+    if files is not None:
+        command = with_open_files(*files, command)
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -81,6 +91,14 @@ def server(*words: str, cwd: Path, module: tuple[str, ...] = (str(ROOT / "server
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
+
+
+@contextmanager
+def connections(url: str, count: int) -> Iterator[list[socket.socket]]:
+    """So many that say nothing."""
+    place = urlsplit(url)
+    with ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection((place.hostname or "", place.port or 0), timeout=10)) for _ in range(count)]
 
 
 def status(url: str, **headers: str) -> int:
@@ -316,3 +334,25 @@ def test_two_servers_that_start_at_once_on_one_folder_make_one_set_of_keys(tmp_p
         for process in running:
             process.communicate(timeout=PATIENCE_S)
     assert [process.returncode for process in running] == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- open files
+
+
+def test_server_asks_for_the_open_files_that_its_connections_need(tmp_path: Path) -> None:
+    with server(cwd=tmp_path, files=(128, 4096)) as (process, url):
+        with connections(url, 300):
+            assert status(f"{url}/readyz") == 200
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (4096, 4096)
+
+
+def test_connections_beyond_the_open_files_that_the_account_may_have_are_closed_and_the_start_says_so(tmp_path: Path) -> None:
+    with server(cwd=tmp_path, files=(128, 256)) as (process, url):
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "event=few_open_files" in line)
+        assert "max_connections=10000 taken=128: this process may have 256 open files, and each connection is one" in said
+        assert "raise the hard limit (ulimit -Hn, or LimitNOFILE= of systemd) to 10256, or set max_connections to 128" in said
+        with connections(url, 300) as held:
+            assert [one.recv(1) for one in held[128:]] == [b""] * 172
+            held[0].sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert held[0].recv(1000).startswith(b"HTTP/1.1 200 ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -21,11 +22,14 @@ from typing import Any, TypeAlias
 from mixtral_server.bench import depth, measures
 from mixtral_server.bench.house import BenchFailed
 from mixtral_server.bench.measures import Row
+from mixtral_server.open_files import allow_open_files
 
 Figures: TypeAlias = dict[str, list[Row]]
 """Of each measure, a row for each run."""
 FORMAT = 1
 MAX_TOKENS = 32_768  # of one job
+MOST_CONNECTIONS = 1900  # one address may have 2,000, by default
+OTHER_FILES = 256  # beside connections
 LIBRARIES = ("aiohttp", "hiredis", "orjson", "pydantic", "redis")
 
 ABOUT = """\
@@ -37,7 +41,7 @@ CPU seconds are those of the server process alone, kernel work on its behalf inc
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    flags = _parser().parse_args(arguments)
+    flags = _flags(arguments)
     began = circumstances(flags)
     rounds: list[Figures] = []
     try:
@@ -60,32 +64,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(began | report))
 
 
+def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Leaves with a sentence where a measure could only fail, or its result could not be kept."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if flags.json_file and not (Path(flags.json_file).parent.is_dir() and not Path(flags.json_file).is_dir()):
+        parser.error(f"--json_file {flags.json_file}: name a file in a folder that exists")
+    needed = 2 * max(flags.streams, flags.callers, flags.readers) + OTHER_FILES
+    if (allowed := allow_open_files(needed)) < needed:
+        parser.error(
+            f"{needed:,} open files are needed and this account may have {allowed:,}: raise its hard limit (ulimit -Hn), "
+            "or ask for fewer --readers, --streams and --callers"
+        )
+    return flags
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixtral_server.bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("measure", nargs="*", choices=[[], *MEASURES], help=f"{', '.join(MEASURES)}; none named: all")
-    parser.add_argument("--streams", type=int, default=64, help="readers at once, each of a job of its own (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=6000, help="frames of each stream (%(default)s)")
-    parser.add_argument("--tokens_per_frame", type=int, nargs="+", default=[1, 8], help="a run for each (1 8)")
+    count, many = _number(1, 1_000_000), _number(1, MOST_CONNECTIONS)
+    parser.add_argument("--streams", type=many, default=64, help="readers at once, each of a job of its own (%(default)s)")
+    parser.add_argument("--tokens", type=_number(1, MAX_TOKENS), default=6000, help="frames of each stream (%(default)s)")
+    parser.add_argument("--tokens_per_frame", type=_number(1, 1024), nargs="+", default=[1, 8], help="a run for each (1 8)")
     parser.add_argument("--wire", nargs="+", choices=("openai", "native"), default=["openai", "native"], help="a run for each (both)")
-    parser.add_argument("--turns_per_s", type=float, default=0.0, help="latency under load: turns a second; 0 = half of what was measured")
-    parser.add_argument("--seconds", type=float, default=10.0, help="latency: how long (%(default)s)")
-    parser.add_argument("--callers", type=int, default=64, help="jobs: calls open at once (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="jobs: slots of the worker (%(default)s)")
-    parser.add_argument("--calls", type=int, default=20_000, help="jobs: calls in all (%(default)s)")
-    parser.add_argument("--most_waiting", type=int, default=100_000, help="depth: the longest queue, 1,000 to 1,000,000 (%(default)s)")
-    parser.add_argument("--chats", type=int, default=2000, help="finished: chats of 100 tokens (%(default)s)")
-    parser.add_argument("--readers", type=int, default=2000, help="idle: streams held open (%(default)s)")
-    parser.add_argument("--rounds", type=_count, default=1, help="all of it so many times; figures are then medians (%(default)s)")
+    rate = _number(0, 10_000, float)
+    parser.add_argument("--turns_per_s", type=rate, default=0.0, help="latency under load: turns a second; 0 = half of what was measured")
+    parser.add_argument("--seconds", type=_number(0.1, 3600, float), default=10.0, help="latency: how long (%(default)s)")
+    parser.add_argument("--callers", type=many, default=64, help="jobs: calls open at once (%(default)s)")
+    parser.add_argument("--batch", type=_number(1, 100_000), default=32, help="jobs: slots of the worker (%(default)s)")
+    parser.add_argument("--calls", type=count, default=20_000, help="jobs: calls in all (%(default)s)")
+    parser.add_argument("--most_waiting", type=_number(1000, 1_000_000), default=100_000, help="depth: the longest queue (%(default)s)")
+    parser.add_argument("--chats", type=count, default=2000, help="finished: chats of 100 tokens (%(default)s)")
+    parser.add_argument("--readers", type=_number(1, 20_000), default=2000, help="idle: streams held open (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=1, help="all of it so many times; figures are then medians (%(default)s)")
     parser.add_argument("--json_file", help="also write the JSON object to this file")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text[:20]!r}")
-    return int(text)
+def _number(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' if kind is int else ''}number from {least:,} to {most:,}; got {text[:20]!r}"
+            )
+        return number
+
+    return read
 
 
 def say(sentence: str) -> None:
@@ -97,7 +127,9 @@ def say(sentence: str) -> None:
 
 async def _tokens(flags: argparse.Namespace) -> list[Row]:
     return [
-        await measures.tokens(say, streams=flags.streams, tokens_per_frame=size, job_tokens=min(MAX_TOKENS, flags.tokens * size), wire=wire)
+        await measures.tokens(
+            say, streams=flags.streams, tokens_per_frame=size, job_tokens=min(flags.tokens, MAX_TOKENS // size) * size, wire=wire
+        )
         for size in flags.tokens_per_frame
         for wire in flags.wire
     ]

@@ -120,7 +120,7 @@ async def tokens(say: Say, *, streams: int, tokens_per_frame: int, job_tokens: i
 async def latency(say: Say, *, streams: int, turns_per_s: float, seconds: float, wire: str) -> Row:
     """From just before a worker sends a turn to the moment at which a reader has the token: two processes, one monotonic clock."""
     say(f"latency: {streams} {wire} streams, {turns_per_s:g} turns/s, {seconds:g} s")
-    job_tokens = int(turns_per_s * seconds)
+    job_tokens = max(1, int(turns_per_s * seconds))
     async with house() as opened:
         worker = WorkerPlan(streams, streams, job_tokens, 1, turns_per_s)
         run = await _streamed(opened, worker, ReaderPlan(streams, job_tokens, wire, is_timed=True))
