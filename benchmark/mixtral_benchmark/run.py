@@ -66,6 +66,8 @@ WORTH_MORE = 1.05
 """More chats at once must bring at least so many times the tokens a second, or the server is saturated."""
 OTHER_FILES = 32
 """Open files that are no chat."""
+MACOS_FILES = 10_240
+"""What a program may ask for where the hard limit is none: OPEN_MAX, as setrlimit(2) of macOS says."""
 KEEPS_UP = 0.9
 """A server that ends fewer chats a second than this share of those sent has fallen behind."""
 
@@ -260,13 +262,15 @@ def allow_open_files(chats: int) -> None:
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and hard != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        if hard < chats + OTHER_FILES:
-            raise NotRun(
-                f"{chats:,} chats at once need {chats + OTHER_FILES:,} open files, and this account may have {hard:,}: "
-                f"raise its hard limit (ulimit -Hn), or ask for at most {hard - OTHER_FILES:,} at once"
-            )
+    if soft == resource.RLIM_INFINITY:
+        return
+    most = max(soft, MACOS_FILES if hard == resource.RLIM_INFINITY else hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < chats + OTHER_FILES:
+        raise NotRun(
+            f"{chats:,} chats at once need {chats + OTHER_FILES:,} open files, and this account may have {most:,}: "
+            f"raise its hard limit (ulimit -Hn), or ask for at most {most - OTHER_FILES:,} at once"
+        )
 
 
 async def check(http: aiohttp.ClientSession, target: Target, api: str) -> ServerFacts:
