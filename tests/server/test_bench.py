@@ -113,6 +113,12 @@ def test_more_connections_than_open_files_are_refused_before_anything_is_measure
     assert "4,256 open files are needed and this account may have 1,000" in done.stderr
 
 
+def test_connections_of_measures_that_are_not_run_need_no_open_files() -> None:
+    command = [sys.executable, "-m", "mixtral_server.bench", "jobs", "--calls", "6", "--callers", "2", "--readers", "2000"]
+    done = subprocess.run(with_open_files(64, 1000, command), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_percentiles_are_linear_between_neighbours() -> None:
     assert percentile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert percentile([1.0, 2.0], 0.99) == pytest.approx(1.99)

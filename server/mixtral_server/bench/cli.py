@@ -70,7 +70,8 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.json_file and not (Path(flags.json_file).parent.is_dir() and not Path(flags.json_file).is_dir()):
         parser.error(f"--json_file {flags.json_file}: name a file in a folder that exists")
-    needed = 2 * max(flags.streams, flags.callers, flags.readers) + OTHER_FILES
+    connections = {"tokens": flags.streams, "latency": flags.streams, "jobs": flags.callers, "idle": flags.readers}
+    needed = 2 * max(connections.get(name, 0) for name in flags.measure or MEASURES) + OTHER_FILES  # `idle` warms up with more
     if (allowed := allow_open_files(needed)) < needed:
         parser.error(
             f"{needed:,} open files are needed and this account may have {allowed:,}: raise its hard limit (ulimit -Hn), "
